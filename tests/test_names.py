@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from v4quant.names import Role, TensorName, block_prefix, expert_name, parse_name, scale_name
+from v4quant.names import Role, TensorName, block_prefix, expert_name, other_spelling, parse_name, scale_name
 
 # Name, block, index, module, expert, leaf, role: at least one of every row of the releases' inventories.
 Row = tuple[str, str, int, str, int, str, str]
@@ -63,6 +63,13 @@ NAMES: list[Row] = [
         for module in ("head", "lm_head", "shared_head.head")
     ),
 ]
+
+# Modules with block scales in some release.
+QUANTISED = {
+    *(f"attn.{matrix}" for matrix in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "indexer.wq_b")),
+    *(f"ffn.{experts}.{matrix}" for experts in ("experts", "shared_experts") for matrix in ("w1", "w2", "w3")),
+    *("e_proj", "h_proj", "main_proj"),
+}
 
 NOT_V4 = [
     "",
@@ -121,7 +128,7 @@ NOT_V4 = [
 def test_release_names_parse_to_their_parts(expected: Row) -> None:
     name, block, index, module, expert, leaf, role = expected
     parsed = parse_name(name)
-    assert parsed == TensorName(name, block, index, module, expert, leaf, Role(role))
+    assert parsed == TensorName(name, block, index, module, expert, leaf, Role(role), module in QUANTISED)
     assert parsed.group == (f"mtp.{role}" if name.startswith("mtp.") else role)
     assert type(parsed.group) is str
 
@@ -139,6 +146,12 @@ def test_only_a_scale_is_a_scale() -> None:
     scales = {row[0] for row in NAMES if (parsed := parse_name(row[0])) is not None and parsed.is_scale}
     assert scales == {row[0] for row in NAMES if row[0].endswith(".scale")}
     assert not any("hc_" in name for name in scales)
+
+
+def test_other_spelling() -> None:
+    assert other_spelling("mtp.2.markov_head.markov_w1.weight") == "mtp.2.markov_head.embed.weight"
+    assert other_spelling("mtp.2.markov_head.markov_w2.weight") == "mtp.2.markov_head.head.weight"
+    assert other_spelling("mtp.0.head.weight") == "mtp.0.head.weight"
 
 
 def test_scale_name() -> None:

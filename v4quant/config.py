@@ -6,14 +6,15 @@ Source of keys and values: config.json of the April 2026, 0731 and 0813 releases
 """
 
 import json
-import math
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from v4quant import strict_json
 from v4quant.encodings import BF16_SCHEME, NATIVE_SCHEME, Scheme
 from v4quant.errors import UsageError
 
+CONFIG_NAME = "config.json"
 # A release's config.json has under 4 KB.
 MAX_CONFIG_BYTES = 2**20
 MAX_MTP_BLOCKS = 8
@@ -185,43 +186,12 @@ def parse_config_json(text: str | bytes, where: str) -> dict[str, Any]:
             hint=_HINT_RELEASE,
         )
     try:
-        data = json.loads(
-            text if isinstance(text, str) else text.decode("utf-8"),
-            object_pairs_hook=_object_without_duplicates,
-            parse_int=_parse_int,
-            parse_float=_parse_finite,
-            parse_constant=_parse_finite,
-        )
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError and our own
+        data = strict_json.parse(text)
+    except ValueError as error:
         raise UsageError(f"{where} is not valid JSON: {error}", hint=_HINT_RELEASE) from None
-    except RecursionError:
-        raise UsageError(f"{where} is not valid: its JSON is nested too deeply", hint=_HINT_RELEASE) from None
     if not isinstance(data, dict):
         raise UsageError(f"{where} holds {_show(data)}, expected a JSON object", hint=_HINT_RELEASE)
     return data
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"key {_show(key)} appears twice in one object")
-        result[key] = value
-    return result
-
-
-def _parse_int(literal: str) -> int:
-    # No release has a number above 1,048,576; Python itself raises beyond 4,300 digits.
-    if len(literal) > 20:
-        raise ValueError(f"an integer of {len(literal)} digits")
-    return int(literal)
-
-
-def _parse_finite(literal: str) -> float:
-    value = float(literal)
-    if not math.isfinite(value):
-        raise ValueError(f"{_show(literal[:32])} is not a finite number")
-    return value
 
 
 class _Keys:

@@ -74,6 +74,10 @@ class Scheme:
     expert: Encoding
     dense: Encoding
 
+    def encoding(self, kind: str) -> Encoding:
+        """The encoding of an "expert" or a "dense" matrix (inventory.LogicalTensor.kind)."""
+        return {"expert": self.expert, "dense": self.dense}[kind]
+
 
 NATIVE_SCHEME = Scheme("native", expert=FP4, dense=FP8)
 FP8_SCHEME = Scheme("fp8", expert=FP8, dense=FP8)

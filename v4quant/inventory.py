@@ -8,14 +8,14 @@ Source of names, shapes and dtypes: the headers of the April 2026, 0731 and 0813
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from v4quant.config import V4Config
 from v4quant.dtypes import payload_bytes
 from v4quant.encodings import BASE_SCHEME, Scheme, Shape
-from v4quant.names import Role, block_prefix, expert_name, parse_name, scale_name
+from v4quant.names import Role, TensorName, block_prefix, expert_name, parse_name, scale_name
 
 Kind = Literal["plain", "dense", "expert"]
 
@@ -117,6 +117,18 @@ def inventory(config: V4Config) -> list[StoredTensor]:
     return stored_tensors(config, config.declared_scheme or BASE_SCHEME)
 
 
+def mtp_copies(config: V4Config, names: Iterable[TensorName]) -> list[LogicalTensor]:
+    """The embeddings and heads that MTP blocks hold of their own, among these names, whatever they are called.
+
+    The Base releases have them (see _base_mtp_copies), and so have re-exports for loaders that want them.
+    """
+    return [
+        LogicalTensor(parts.name, (config.vocab_size, config.hidden_size), "BF16", "plain", optional=True)
+        for parts in names
+        if parts.role in (Role.MTP_EMBEDDING, Role.MTP_HEAD) and parts.index < config.mtp_blocks
+    ]
+
+
 def parameters(config: V4Config, *, mtp: bool = True) -> int:
     """Number of logical parameters: FP4 counted unpacked, block scales and hash tables not counted.
 
@@ -158,7 +170,7 @@ def _local_stored(config: V4Config, kind: _BlockKind, prefix: str, scheme: Schem
         if tensor.kind == "plain":
             yield StoredTensor(tensor.name, role, group, tensor.shape, tensor.shape, tensor.dtype, tensor.optional)
             continue
-        encoding = scheme.expert if tensor.kind == "expert" else scheme.dense
+        encoding = scheme.encoding(tensor.kind)
         storage_shape = encoding.storage_shape(tensor.shape)
         yield StoredTensor(tensor.name, role, group, tensor.shape, storage_shape, encoding.weight_dtype)
         if encoding.block is not None:

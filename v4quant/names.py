@@ -44,6 +44,7 @@ class TensorName:
         expert: number of the routed expert; -1 for every other tensor.
         leaf: last component: "weight", "scale", "bias", "ape", "hc_attn_fn".
         role: what the tensor is for.
+        is_quantised: True for matrices that some release stores under block scales, and for these scales.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TensorName:
     expert: int
     leaf: str
     role: Role
+    is_quantised: bool
 
     @property
     def is_scale(self) -> bool:
@@ -114,7 +116,7 @@ _MTP: dict[Role, tuple[str, ...]] = {
     Role.CONFIDENCE_HEAD: ("confidence_head.proj.weight",),
 }
 
-_Parts = tuple[str, str, Role]  # module, leaf, role
+_Parts = tuple[str, str, Role, bool]  # module, leaf, role, is_quantised
 
 
 def _grammar(*tables: dict[Role, tuple[str, ...]]) -> dict[str, _Parts]:
@@ -123,9 +125,10 @@ def _grammar(*tables: dict[Role, tuple[str, ...]]) -> dict[str, _Parts]:
     for table in tables:
         for role, local_names in table.items():
             for local in local_names:
-                for full in (f"{local}weight", f"{local}scale") if local.endswith(".") else (local,):
+                is_quantised = local.endswith(".")
+                for full in (f"{local}weight", f"{local}scale") if is_quantised else (local,):
                     module, _, leaf = full.rpartition(".")
-                    parts[full] = (module, leaf, role)
+                    parts[full] = (module, leaf, role, is_quantised)
     return parts
 
 
@@ -149,11 +152,25 @@ def parse_name(name: str) -> TensorName | None:
     parts = _GRAMMARS[block].get(experts + rest if experts else rest)
     if parts is None:
         return None
-    module, leaf, role = parts
+    module, leaf, role, is_quantised = parts
     if (expert is None) == (role is Role.ROUTED_EXPERTS):
         return None
     index = int(layer or mtp_number) if block else -1
-    return TensorName(name, block, index, module, int(expert) if expert else -1, leaf, role)
+    number = int(expert) if expert else -1
+    return TensorName(name, block, index, module, number, leaf, role, is_quantised)
+
+
+# The V4.1 spelling of the Markov tables; some V4 re-exports have it, and loaders take both.
+_OTHER_SPELLINGS = {
+    "markov_w1.weight": "embed.weight",
+    "markov_w2.weight": "head.weight",
+}
+
+
+def other_spelling(name: str) -> str:
+    """The other name that a tensor of an MTP block may have; its own name where there is no other."""
+    prefix, table, local = name.partition(".markov_head.")
+    return prefix + table + _OTHER_SPELLINGS.get(local, local)
 
 
 def block_prefix(block: str, index: int) -> str:

@@ -1,0 +1,178 @@
+"""The files of a checkpoint folder: listed once, read by byte range, and watched for changes while we read.
+
+The folder is hostile input: nothing outside it is opened, whatever links and indexes say. One layout of links is
+trusted because every Hub download has it: `snapshots/REVISION/FILE -> ../../blobs/HASH` in the Hub's cache.
+"""
+
+import contextlib
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+from v4quant.errors import CheckpointError
+
+MAX_FILES = 100_000
+_OPEN_FILES_A_THREAD = 8
+_HINT_CHANGED = "Leave the source alone while it is read; then run the same command again."
+
+
+class Files:
+    """The regular files of one local folder, by relative path with "/".
+
+    Hidden files and folders (.git, .cache) are no part of a checkpoint and not listed.
+
+    Attributes:
+        where: the folder, as the user named it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """List the folder.
+
+        Raises:
+            CheckpointError: if there is no such folder, it cannot be read, or a link in it leads out of it.
+        """
+        self.where = str(folder)
+        if not folder.exists():
+            raise CheckpointError(
+                f"{folder}: no such folder, expected a checkpoint",
+                hint="Check the path. Repositories on the Hub must be downloaded first.",
+            )
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder}: is a file, expected the folder that holds config.json and *.safetensors",
+                hint=f"Give its folder: {folder.parent}",
+            )
+        with _read_errors(self.where):
+            self._root = folder.resolve()
+            self._stat = dict(sorted(self._walk(self._root, "")))
+        self._handles = _Handles()
+
+    def names(self) -> list[str]:
+        """Relative paths of all files, sorted."""
+        return list(self._stat)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stat
+
+    def size(self, name: str) -> int:
+        """Bytes of a file, as it was listed."""
+        return self._stat[name].st_size
+
+    def fingerprint(self, name: str) -> str:
+        """What tells a file from a changed one without reading it: bytes and time of its last change."""
+        found = self._stat[name]
+        return f"{found.st_size} {found.st_mtime_ns}"
+
+    def path(self, name: str) -> Path:
+        """Absolute path of a listed file."""
+        return self._root / name
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Read bytes [start, stop) of a file, all of it by default.
+
+        Raises:
+            CheckpointError: if the file has changed since it was listed, or cannot be read.
+        """
+        buffer = bytearray((self.size(name) if stop is None else stop) - start)
+        self.read_into(name, start, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill a buffer with the bytes from `start` on; safe from any thread.
+
+        Raises:
+            CheckpointError: if the file has changed since it was listed, or cannot be read.
+        """
+        where = f"{self.where}/{name}"
+        with _read_errors(where):
+            descriptor = self._handles.open(str(self.path(name)))
+            self._require_unchanged(where, name, os.fstat(descriptor))
+            while buffer:
+                count = os.preadv(descriptor, [buffer], start)
+                if count == 0:
+                    raise CheckpointError(f"{where}: ends at byte {start:,} while it is read", hint=_HINT_CHANGED)
+                buffer, start = buffer[count:], start + count
+
+    def require_unchanged(self, name: str) -> None:
+        """Check that the file at this path is still the one that was listed.
+
+        Raises:
+            CheckpointError: if it is not.
+        """
+        where = f"{self.where}/{name}"
+        with _read_errors(where):
+            self._require_unchanged(where, name, self.path(name).stat())
+
+    def _require_unchanged(self, where: str, name: str, found: os.stat_result) -> None:
+        listed = self._stat[name]
+        for key in ("st_ino", "st_size", "st_mtime_ns"):
+            if getattr(found, key) != getattr(listed, key):
+                raise CheckpointError(f"{where}: has changed since this run began", hint=_HINT_CHANGED)
+
+    def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+        with os.scandir(folder) as entries:
+            listed = [entry for entry in entries if not entry.name.startswith(".")]
+        if len(listed) > MAX_FILES:
+            raise CheckpointError(f"{folder}: holds {len(listed):,} files, expected at most {MAX_FILES:,}")
+        for entry in listed:
+            if entry.is_symlink():
+                self._require_inside(entry)
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._walk(Path(entry.path), f"{prefix}{entry.name}/")
+            elif stat.S_ISREG(entry.stat().st_mode):
+                yield prefix + entry.name, entry.stat()
+
+    def _require_inside(self, entry: os.DirEntry[str]) -> None:
+        target = Path(entry.path).resolve()
+        blobs = self._root.parent.parent / "blobs"
+        is_hub_cache = self._root.parent.name == "snapshots" and target.parent == blobs
+        if not (is_hub_cache or target.is_relative_to(self._root)):
+            raise CheckpointError(
+                f"{entry.path}: is a link out of the checkpoint folder, to {target}",
+                hint="Replace the link by the file it stands for, or remove it.",
+            )
+
+
+@contextlib.contextmanager
+def _read_errors(where: str) -> Iterator[None]:
+    """Turn what the operating system says while reading into one clear error.
+
+    Raises:
+        CheckpointError: for every OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{where}: cannot read: {error.strerror or error}", hint="Check the disk and the file's permissions."
+        ) from error
+
+
+class _Handle:
+    """An open file; closes itself when it is let go of."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class _Handles(threading.local):
+    """Open files of one thread, those used last: its own, so that the kernel sees each thread read straight ahead."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, _Handle] = OrderedDict()
+
+    def open(self, path: str) -> int:
+        """File descriptor of a path; valid until this thread has opened several others."""
+        if path not in self._open:
+            self._open[path] = _Handle(path)
+            if len(self._open) > _OPEN_FILES_A_THREAD:
+                self._open.popitem(last=False)
+        self._open.move_to_end(path)
+        return self._open[path].descriptor

@@ -1,0 +1,173 @@
+"""The journal of an unfinished conversion: which output shards are done, so that a killed run continues.
+
+File `v4quant.journal.jsonl` in the output folder: a header line with the plan's digest and the source's fingerprints,
+then, for each finished shard, its certificate lines and a closing line. Every shard's lines are synced after its
+rename, so a shard that the journal calls finished is whole. The file is locked while a run works, and removed when it
+is done.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from v4quant.checkpoint.certificate import TensorRecord
+from v4quant.checkpoint.output import disk_errors, sync_folder
+from v4quant.checkpoint.reader import JOURNAL_NAME
+from v4quant.errors import CheckpointError, OutputError
+
+
+@dataclass(frozen=True)
+class JournalHeader:
+    """What the unfinished run was: its plan, and what its source files looked like when it began."""
+
+    plan: str
+    fingerprints: dict[str, str]
+
+
+class Journal:
+    """The open, locked journal of one output folder."""
+
+    def __init__(self, path: Path, file: IO[str]) -> None:
+        """Use `open_journal`."""
+        self.path = path
+        self._file = file
+        self.finished: set[str] = set()
+
+    def append(self, shard: str, records: list[TensorRecord]) -> None:
+        """Record a finished shard durably; call it after the shard has its final name.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        lines = [json.dumps({"shard": shard, "record": record.to_json()}) for record in records]
+        lines.append(json.dumps({"finished": shard}))
+        with disk_errors(self.path):
+            self._file.write("\n".join(lines) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self.finished.add(shard)
+
+    def records(self) -> Iterator[TensorRecord]:
+        """Certificate lines of all finished shards, in shard order; one shard in memory at a time."""
+        where = {shard: start for shard, start in _shard_starts(self.path) if shard in self.finished}
+        with self.path.open("rb") as file:
+            for shard in sorted(where):
+                file.seek(where[shard])
+                # A shard that was done twice (killed between rename and journal) stands in full at its last start.
+                for line in iter(file.readline, b""):
+                    entry = json.loads(line)
+                    if "finished" in entry:
+                        break
+                    yield TensorRecord.from_json(entry["record"], str(self.path))
+
+    def close(self) -> None:
+        """Release the lock; the file stays for the next run."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """The conversion is complete: forget it."""
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+def open_journal(folder: Path, header: JournalHeader) -> Journal:
+    """Begin a journal, or continue the one that is there.
+
+    Raises:
+        OutputError: if another process is converting into this folder, or the unfinished run is of another plan.
+        CheckpointError: if the source has changed since that run began.
+    """
+    path = folder / JOURNAL_NAME
+    with disk_errors(path):
+        # "a+" keeps what is there and appends at the end whatever was read before.
+        file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise OutputError(
+            f"{folder}: another conversion is writing into this folder",
+            hint="Wait for it to end, or choose another folder.",
+        ) from error
+    journal = Journal(path, file)
+    try:
+        found = _read_header(path)
+        if found is None:
+            _begin(file, path, header)
+        else:
+            _require_same(folder, found, header)
+            _drop_unfinished_tail(file, path)
+            journal.finished = {shard for shard, _ in _shard_starts(path)}
+    except BaseException:
+        file.close()
+        raise
+    return journal
+
+
+def _begin(file: IO[str], path: Path, header: JournalHeader) -> None:
+    with disk_errors(path):
+        file.truncate(0)
+        file.write(json.dumps({"journal": 1, **vars(header)}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+        sync_folder(path.parent)
+
+
+def _read_header(path: Path) -> JournalHeader | None:
+    """The header line, or None where the run was killed before it was written."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        line = file.readline()
+    if not line.endswith("\n"):
+        return None
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        entry: dict[str, Any] = json.loads(line)
+        return JournalHeader(entry["plan"], entry["fingerprints"])
+    raise OutputError(f"{path}: not a journal that v4quant writes", hint="Use --overwrite to start again.")
+
+
+def _require_same(folder: Path, found: JournalHeader, wanted: JournalHeader) -> None:
+    changed = sorted(
+        name
+        for name in found.fingerprints.keys() | wanted.fingerprints.keys()
+        if found.fingerprints.get(name) != wanted.fingerprints.get(name)
+    )
+    if changed:
+        raise CheckpointError(
+            f"{folder} holds an unfinished conversion, and its source has changed since it began: "
+            f"{', '.join(changed[:5])}",
+            hint="Restore the source, or start again with --overwrite.",
+        )
+    if found.plan != wanted.plan:
+        raise OutputError(
+            f"{folder} holds an unfinished conversion with other options (or of another source or version)",
+            hint="Repeat the command that began it, choose another folder, or start again with --overwrite.",
+        )
+
+
+def _drop_unfinished_tail(file: IO[str], path: Path) -> None:
+    """Cut lines that a kill left after the last finished shard, so that what is appended stands on its own."""
+    position = end = 0
+    with path.open("rb") as raw:
+        for number, line in enumerate(raw):
+            position += len(line)
+            if line.endswith(b"\n") and (number == 0 or line.startswith(b'{"finished"')):
+                end = position
+    with disk_errors(path):
+        file.truncate(end)
+
+
+def _shard_starts(path: Path) -> Iterator[tuple[str, int]]:
+    """Finished shards and the byte where their lines begin."""
+    with path.open("rb") as file:
+        start = len(file.readline())
+        position = start
+        for line in file:
+            position += len(line)
+            if line.startswith(b'{"finished"'):
+                yield json.loads(line)["finished"], start
+                start = position

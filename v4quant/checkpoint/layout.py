@@ -1,0 +1,67 @@
+"""Which tensor goes into which output file: one block a shard, as released; a block larger than the limit is split.
+
+Source of the released layout: the index files of the April releases: embedding, one shard a layer, then
+final norm and head together, then one shard an MTP block.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from v4quant.checkpoint.header import TensorEntry, build_header
+from v4quant.dtypes import payload_bytes
+from v4quant.names import Role, TensorName, parse_name
+
+HeaderTensor = tuple[str, str, tuple[int, ...]]  # name, dtype, header shape
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name, its header bytes, and where each tensor lies."""
+
+    name: str
+    header: bytes
+    entries: dict[str, TensorEntry]
+    file_bytes: int
+
+
+def block_key(name: str) -> tuple[str, int]:
+    """The shard group of a tensor: ("embed", 0), ("layers", 7), ("tail", 0) or ("mtp", 0)."""
+    parsed = parse_name(name)
+    assert parsed is not None, f"{name} passed the audit, so it is a V4 name"
+    return _block_of(parsed)
+
+
+def _block_of(parsed: TensorName) -> tuple[str, int]:
+    if parsed.block:
+        return (parsed.block, parsed.index)
+    return ("embed", 0) if parsed.role == Role.EMBEDDING else ("tail", 0)
+
+
+def lay_out(units: Iterable[tuple[HeaderTensor, ...]], max_shard_bytes: int) -> list[Shard]:
+    """Place tensors into shards.
+
+    Args:
+        units: tensors that stay together in one file (a weight and its scale), in release order.
+        max_shard_bytes: payload limit of a file; a single unit above it gets a file of its own.
+
+    Returns:
+        Shards in order, named model-00001-of-000NN.safetensors.
+    """
+    groups: list[list[HeaderTensor]] = []
+    key, used = None, 0
+    for unit in units:
+        size = sum(payload_bytes(dtype, shape) for _, dtype, shape in unit)
+        unit_key = block_key(unit[0][0])
+        if unit_key != key or used + size > max_shard_bytes:
+            groups.append([])
+            key, used = unit_key, 0
+        groups[-1].extend(unit)
+        used += size
+    return [_shard(number, len(groups), tensors) for number, tensors in enumerate(groups, start=1)]
+
+
+def _shard(number: int, count: int, tensors: list[HeaderTensor]) -> Shard:
+    name = f"model-{number:05d}-of-{count:05d}.safetensors"
+    header, entries = build_header(tensors, file=name)
+    file_bytes = max((entry.stop for entry in entries), default=len(header))
+    return Shard(name, header, {entry.name: entry for entry in entries}, file_bytes)

@@ -1,0 +1,174 @@
+"""Writing an output folder so that nothing half-written ever looks whole.
+
+A file is written under its name + ".partial", synced, and renamed; the folder is synced after each rename. What makes a
+folder a checkpoint (config and index) is written last, and removed first.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from v4quant.checkpoint.index import INDEX_NAME
+from v4quant.config import CONFIG_NAME
+from v4quant.errors import OutputError
+
+PARTIAL_SUFFIX = ".partial"
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system says while writing into one clear error.
+
+    Raises:
+        OutputError: for every OSError: disk full, quota, read-only, not permitted.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot write: {error.strerror or error}",
+            hint="Free space or choose another folder, then run the same command again; finished shards are kept.",
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in this folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all, durably.
+
+    Raises:
+        OutputError: if the disk refuses.
+    """
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_folder(path.parent)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+class ShardFile:
+    """An output shard being written at known offsets, from any thread; whole only after `finish`."""
+
+    def __init__(self, path: Path, header: bytes, file_bytes: int) -> None:
+        """Create the partial file at its final size, so that a full disk is known at once, and write its header.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        self.path = path
+        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        with disk_errors(path):
+            self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            with disk_errors(path):
+                os.posix_fallocate(self._descriptor, 0, file_bytes)
+            self.write(header, 0)
+        except BaseException:  # an interrupt too: the file is no one's yet
+            self.abandon()
+            raise
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Write bytes at an absolute offset.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        view = memoryview(data).cast("B")
+        with disk_errors(self.path):
+            while view:
+                written = os.pwrite(self._descriptor, view, offset)
+                view, offset = view[written:], offset + written
+
+    def finish(self) -> None:
+        """Sync, close and give the file its real name.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        with disk_errors(self.path):
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            self._partial.replace(self.path)
+            sync_folder(self.path.parent)
+
+    def abandon(self) -> None:
+        """Close and remove the partial file."""
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+        self._partial.unlink(missing_ok=True)
+
+
+def require_free(out: Path, *, overwrite: bool) -> None:
+    """Check that a checkpoint may be written into a folder.
+
+    Raises:
+        OutputError: if out is no folder, or holds something and overwrite is False.
+    """
+    with disk_errors(out):
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out}: is a file, expected a folder or nothing", hint="Choose another output folder.")
+        if not overwrite and out.is_dir() and any(out.iterdir()):
+            raise OutputError(
+                f"{out}: is not empty, expected an empty folder or none",
+                hint="Choose another folder, or replace the checkpoint in it with --overwrite.",
+            )
+
+
+def make_room(out: Path, needed_bytes: int) -> None:
+    """Make the folder, and remove what would contradict a new checkpoint in it; the user's other files stay.
+
+    Raises:
+        OutputError: if the disk is too small, in which case nothing was removed, or refuses.
+    """
+    with disk_errors(out):
+        old = [path for name in (CONFIG_NAME, INDEX_NAME) if (path := out / name).exists()]
+        for pattern in ("*.safetensors", f"*{PARTIAL_SUFFIX}", "v4quant.*.jsonl"):
+            old += out.glob(pattern)
+        require_disk_space(out, needed_bytes - sum(path.lstat().st_size for path in old))
+        for path in old:
+            path.unlink()
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def require_disk_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse a job that the disk cannot hold, before anything is written.
+
+    Raises:
+        OutputError: if less than needed_bytes is free on the folder's disk.
+    """
+    free = free_bytes(folder)
+    if free < needed_bytes:
+        raise OutputError(
+            f"{folder}: needs {needed_bytes:,} bytes, {free:,} are free: {needed_bytes - free:,} short",
+            hint="Free space or choose a folder on another disk; nothing was written.",
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free for us on the disk of this folder, or of its nearest existing parent.
+
+    Raises:
+        OutputError: if the file system does not answer.
+    """
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    with disk_errors(folder):
+        return shutil.disk_usage(existing).free

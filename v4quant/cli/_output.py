@@ -1,0 +1,51 @@
+"""What a command says: results on stdout (text, or exactly one JSON object), everything else on stderr."""
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def escaped(text: str) -> str:
+    """Make control characters visible, so that a hostile tensor or file name cannot steer the terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Output:
+    """The one place that prints.
+
+    Args:
+        json_mode: True makes `result` print its JSON object and silences `line`.
+    """
+
+    def __init__(self, json_mode: bool) -> None:
+        self.json_mode = json_mode
+
+    def line(self, text: str = "") -> None:
+        """Print a line of human-readable result on stdout."""
+        if not self.json_mode:
+            print(escaped(text))
+
+    def result(self, values: Mapping[str, Any]) -> None:
+        """Print the command's JSON object, under --json."""
+        if self.json_mode:
+            print(json.dumps(values, indent=2))
+
+    def note(self, text: str) -> None:
+        """Print a remark or the next command to run, on stderr."""
+        print(escaped(text), file=sys.stderr)
+
+
+def decimal_bytes(count: int) -> str:
+    """Write a byte count as people do: decimal units, three significant digits or more."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def plural(count: int, noun: str) -> str:
+    """Write "1 tensor", "2 tensors", "69,187 tensors"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

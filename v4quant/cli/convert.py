@@ -1,0 +1,5 @@
+"""Placeholder until the command lands."""
+
+
+def convert() -> None:
+    """Not built yet."""

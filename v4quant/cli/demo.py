@@ -1,0 +1,5 @@
+"""Placeholder until the command lands."""
+
+
+def demo() -> None:
+    """Not built yet."""

@@ -1,0 +1,69 @@
+"""The `v4quant` command: one verb a module, and the map from errors to messages and exit codes.
+
+Commands import what they need when they run, so that `v4quant --help` is instant.
+"""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import v4quant
+from v4quant.cli import convert, demo, inspect_, synth, verify
+from v4quant.cli._output import escaped
+from v4quant.errors import InterruptedRunError, V4QuantError
+
+app = typer.Typer(
+    name="v4quant",
+    help="Convert, prove and publish DeepSeek-V4 checkpoints.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (inspect_.inspect, synth.synth, convert.convert, verify.verify, demo.demo):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"v4quant {v4quant.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Convert, prove and publish DeepSeek-V4 checkpoints."""
+
+
+def main(argv: list[str]) -> int:
+    """Run one command line and return its exit code (DESIGN: 0, 1, 2, 3, 4, 5 or 130)."""
+    try:
+        app(args=argv, prog_name="v4quant")
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 0
+    except V4QuantError as error:
+        if os.environ.get("V4QUANT_DEBUG") == "1":
+            raise
+        _report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _report(InterruptedRunError("interrupted"))
+        return InterruptedRunError.exit_code
+    return 0
+
+
+def _report(error: V4QuantError) -> None:
+    print(f"error: {escaped(str(error))}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {escaped(error.hint)}", file=sys.stderr)
+
+
+def run() -> None:
+    """Entry point of the installed command."""
+    sys.exit(main(sys.argv[1:]))

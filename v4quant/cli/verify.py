@@ -1,0 +1,5 @@
+"""Placeholder until the command lands."""
+
+
+def verify() -> None:
+    """Not built yet."""
