@@ -59,6 +59,15 @@ class TensorRecord:
         }
         return line | ({"measured": dict(self.measured)} if self.measured else {})
 
+    def describe_error(self) -> str:
+        """One line for people about a rounded tensor."""
+        measured = self.measured
+        return (
+            f"{self.tensor}: {100 * measured['changed_share']:.3g} % of values change, relative error at most "
+            f"{measured['max_relative_error']:.3g}, RMS {measured['rms_relative_error']:.3g}, "
+            f"SQNR {measured['sqnr_db']:.1f} dB"
+        )
+
     @classmethod
     def from_json(cls, line: object, where: str) -> "TensorRecord":
         """Read a line back.

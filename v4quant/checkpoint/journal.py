@@ -30,13 +30,58 @@ class JournalHeader:
 
 
 class Journal:
-    """The open, locked journal of one output folder."""
+    """The open, locked journal of one output folder.
+
+    Attributes:
+        finished: names of the shards that are whole.
+    """
 
     def __init__(self, path: Path, file: IO[str]) -> None:
-        """Use `open_journal`."""
+        """Use `lock_journal`."""
         self.path = path
         self._file = file
         self.finished: set[str] = set()
+
+    def header(self) -> JournalHeader | None:
+        """What the unfinished run was; None where the journal is new, or its run was killed before the first line.
+
+        Raises:
+            OutputError: if this is no journal.
+        """
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            line = file.readline()
+        if not line.endswith("\n"):
+            return None
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry: dict[str, Any] = json.loads(line)
+            return JournalHeader(entry["plan"], entry["fingerprints"])
+        raise OutputError(f"{self.path}: not a journal that v4quant writes", hint="Remove it, or the whole folder.")
+
+    def begin(self, header: JournalHeader) -> None:
+        """Start an empty journal, durably.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        with disk_errors(self.path):
+            self._file.truncate(0)
+            self._file.write(json.dumps({"journal": 1, **vars(header)}) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            sync_folder(self.path.parent)
+
+    def resume(self, header: JournalHeader) -> None:
+        """Continue the run that this journal is of.
+
+        Raises:
+            OutputError: if it is of another plan.
+            CheckpointError: if the source has changed since that run began.
+        """
+        found = self.header()
+        assert found is not None, "a journal without a header is begun, not resumed"
+        _require_same(self.path.parent, found, header)
+        self._drop_unfinished_tail()
+        self.finished = {shard for shard, _ in _shard_starts(self.path)}
 
     def append(self, shard: str, records: list[TensorRecord]) -> None:
         """Record a finished shard durably; call it after the shard has its final name.
@@ -54,16 +99,27 @@ class Journal:
 
     def records(self) -> Iterator[TensorRecord]:
         """Certificate lines of all finished shards, in shard order; one shard in memory at a time."""
+        # A shard that was done twice counts as it was done last.
         where = {shard: start for shard, start in _shard_starts(self.path) if shard in self.finished}
         with self.path.open("rb") as file:
             for shard in sorted(where):
                 file.seek(where[shard])
-                # A shard that was done twice (killed between rename and journal) stands in full at its last start.
                 for line in iter(file.readline, b""):
-                    entry = json.loads(line)
+                    entry = _parse_line(self.path, line)
                     if "finished" in entry:
                         break
-                    yield TensorRecord.from_json(entry["record"], str(self.path))
+                    yield TensorRecord.from_json(entry.get("record"), str(self.path))
+
+    def _drop_unfinished_tail(self) -> None:
+        """Cut lines that a kill left after the last finished shard, so that what is appended stands on its own."""
+        position = end = 0
+        with self.path.open("rb") as raw:
+            for number, line in enumerate(raw):
+                position += len(line)
+                if line.endswith(b"\n") and (number == 0 or line.startswith(b'{"finished"')):
+                    end = position
+        with disk_errors(self.path):
+            self._file.truncate(end)
 
     def close(self) -> None:
         """Release the lock; the file stays for the next run."""
@@ -75,12 +131,11 @@ class Journal:
         self._file.close()
 
 
-def open_journal(folder: Path, header: JournalHeader) -> Journal:
-    """Begin a journal, or continue the one that is there.
+def lock_journal(folder: Path) -> Journal:
+    """Open a folder's journal, or make an empty one, and lock it for this process.
 
     Raises:
-        OutputError: if another process is converting into this folder, or the unfinished run is of another plan.
-        CheckpointError: if the source has changed since that run began.
+        OutputError: if another process is converting into this folder, or the disk refuses.
     """
     path = folder / JOURNAL_NAME
     with disk_errors(path):
@@ -94,40 +149,7 @@ def open_journal(folder: Path, header: JournalHeader) -> Journal:
             f"{folder}: another conversion is writing into this folder",
             hint="Wait for it to end, or choose another folder.",
         ) from error
-    journal = Journal(path, file)
-    try:
-        found = _read_header(path)
-        if found is None:
-            _begin(file, path, header)
-        else:
-            _require_same(folder, found, header)
-            _drop_unfinished_tail(file, path)
-            journal.finished = {shard for shard, _ in _shard_starts(path)}
-    except BaseException:
-        file.close()
-        raise
-    return journal
-
-
-def _begin(file: IO[str], path: Path, header: JournalHeader) -> None:
-    with disk_errors(path):
-        file.truncate(0)
-        file.write(json.dumps({"journal": 1, **vars(header)}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-        sync_folder(path.parent)
-
-
-def _read_header(path: Path) -> JournalHeader | None:
-    """The header line, or None where the run was killed before it was written."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        line = file.readline()
-    if not line.endswith("\n"):
-        return None
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        entry: dict[str, Any] = json.loads(line)
-        return JournalHeader(entry["plan"], entry["fingerprints"])
-    raise OutputError(f"{path}: not a journal that v4quant writes", hint="Use --overwrite to start again.")
+    return Journal(path, file)
 
 
 def _require_same(folder: Path, found: JournalHeader, wanted: JournalHeader) -> None:
@@ -149,18 +171,6 @@ def _require_same(folder: Path, found: JournalHeader, wanted: JournalHeader) -> 
         )
 
 
-def _drop_unfinished_tail(file: IO[str], path: Path) -> None:
-    """Cut lines that a kill left after the last finished shard, so that what is appended stands on its own."""
-    position = end = 0
-    with path.open("rb") as raw:
-        for number, line in enumerate(raw):
-            position += len(line)
-            if line.endswith(b"\n") and (number == 0 or line.startswith(b'{"finished"')):
-                end = position
-    with disk_errors(path):
-        file.truncate(end)
-
-
 def _shard_starts(path: Path) -> Iterator[tuple[str, int]]:
     """Finished shards and the byte where their lines begin."""
     with path.open("rb") as file:
@@ -169,5 +179,13 @@ def _shard_starts(path: Path) -> Iterator[tuple[str, int]]:
         for line in file:
             position += len(line)
             if line.startswith(b'{"finished"'):
-                yield json.loads(line)["finished"], start
+                yield str(_parse_line(path, line)["finished"]), start
                 start = position
+
+
+def _parse_line(path: Path, line: bytes) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        entry = json.loads(line)
+        if isinstance(entry, dict):
+            return entry
+    raise OutputError(f"{path}: not a journal that v4quant writes", hint="Remove it, or the whole folder.")

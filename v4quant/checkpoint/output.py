@@ -7,7 +7,7 @@ folder a checkpoint (config and index) is written last, and removed first.
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from v4quant.checkpoint.index import INDEX_NAME
@@ -42,8 +42,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all, durably.
+def write_file(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file whole or not at all, durably.
 
     Raises:
         OutputError: if the disk refuses.
@@ -53,12 +53,13 @@ def write_file(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as file:
-                file.write(data)
+                for chunk in chunks:
+                    file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
             sync_folder(path.parent)
-        except OSError:
+        except BaseException:
             partial.unlink(missing_ok=True)
             raise
 
@@ -131,8 +132,12 @@ def require_free(out: Path, *, overwrite: bool) -> None:
             )
 
 
-def make_room(out: Path, needed_bytes: int) -> None:
+def make_room(out: Path, needed_bytes: int, keep: str = "") -> None:
     """Make the folder, and remove what would contradict a new checkpoint in it; the user's other files stay.
+
+    Args:
+        needed_bytes: what the new checkpoint will take.
+        keep: name of a file to leave all the same.
 
     Raises:
         OutputError: if the disk is too small, in which case nothing was removed, or refuses.
@@ -140,7 +145,7 @@ def make_room(out: Path, needed_bytes: int) -> None:
     with disk_errors(out):
         old = [path for name in (CONFIG_NAME, INDEX_NAME) if (path := out / name).exists()]
         for pattern in ("*.safetensors", f"*{PARTIAL_SUFFIX}", "v4quant.*.jsonl"):
-            old += out.glob(pattern)
+            old += (path for path in out.glob(pattern) if path.name != keep)
         require_disk_space(out, needed_bytes - sum(path.lstat().st_size for path in old))
         for path in old:
             path.unlink()

@@ -135,6 +135,11 @@ class Plan:
                 return candidate.config_bytes
         return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode()
 
+    @property
+    def config_sha256(self) -> str:
+        """Hash of the output's config.json."""
+        return hashlib.sha256(self.config_bytes).hexdigest()
+
     @cached_property
     def index_bytes(self) -> bytes:
         """model.safetensors.index.json of the output."""
@@ -160,7 +165,7 @@ class Plan:
             "version": v4quant.__version__,
             "source": self.source.source_id(),
             "like": self.like.source_id() if self.like else None,
-            "config": hashlib.sha256(self.config_bytes).hexdigest(),
+            "config": self.config_sha256,
             "format": self.format.name,
             "shards": [[shard.name, hashlib.sha256(shard.header).hexdigest()] for shard in self.shards],
             "side_files": [[name, self.source.files.size(name)] for name in self.side_files],

@@ -203,9 +203,11 @@ class _Headers:
         """Leave out files that the index does not name and that hold no V4 tensor, such as reference outputs."""
         if index is None:
             return []
-        ours = set(index.weight_map.values())
-        ours |= {entry.file for name, entry in self.tensors.items() if parse_name(name)}
-        foreign = sorted(self.sha256.keys() - ours)
+        suspects = self.sha256.keys() - set(index.weight_map.values())
+        if not suspects:
+            return []
+        suspects -= {entry.file for name, entry in self.tensors.items() if parse_name(name)}
+        foreign = sorted(suspects)
         for name in foreign:
             del self.sha256[name]
         self.tensors = {name: entry for name, entry in self.tensors.items() if entry.file in self.sha256}

@@ -24,7 +24,7 @@ from v4quant.numerics.casts import FP4_TO_FP8_SPREAD_BOUND, CastCheck
 from v4quant.numerics.errors import NonFiniteError
 from v4quant.numerics.measure import RoundingMeter
 
-Advance = Callable[[int, str], None]
+Advance = Callable[[int], None]
 
 
 class StoppedError(Exception):
@@ -37,20 +37,20 @@ class Worker:
 
     Attributes:
         stop: set when the run ends early.
-        advance: told how many source bytes were done, and of which file.
+        advance: told how many source bytes were done.
     """
 
     stop: threading.Event
     advance: Advance
     scratch: Scratch = field(default_factory=Scratch)
 
-    def step(self, count: int, file: str) -> None:
+    def step(self, count: int) -> None:
         """Report progress; a negative count takes some back.
 
         Raises:
             StoppedError: if the run is ending.
         """
-        self.advance(count, file)
+        self.advance(count)
         if self.stop.is_set():
             raise StoppedError
 
@@ -107,9 +107,9 @@ class _TensorReader:
 
 
 class _TensorWriter:
-    """Writes and hashes one output tensor from front to back; without a shard it only hashes."""
+    """Writes and hashes one output tensor from front to back."""
 
-    def __init__(self, shard: ShardFile | None, entry: TensorEntry) -> None:
+    def __init__(self, shard: ShardFile, entry: TensorEntry) -> None:
         self.entry = entry
         self._shard = shard
         self._offset = entry.start
@@ -117,8 +117,7 @@ class _TensorWriter:
 
     def write(self, data: memoryview) -> None:
         self._hash.update(data)
-        if self._shard is not None:
-            self._shard.write(data, self._offset)
+        self._shard.write(data, self._offset)
         self._offset += len(data)
 
     def digest(self) -> str:
@@ -126,11 +125,11 @@ class _TensorWriter:
         return self._hash.hexdigest()
 
 
-def convert_tensor(plan: Plan, operation: Operation, shard: ShardFile | None, worker: Worker) -> list[TensorRecord]:
+def convert_tensor(plan: Plan, operation: Operation, shard: ShardFile, worker: Worker) -> list[TensorRecord]:
     """Convert one tensor, or one weight with its scale.
 
     Args:
-        shard: where to write; None only computes, to measure what would be lost.
+        shard: where to write.
 
     Returns:
         The certificate's lines for the output tensors.
@@ -150,7 +149,7 @@ def convert_tensor(plan: Plan, operation: Operation, shard: ShardFile | None, wo
     return records
 
 
-def _copy_bytes(plan: Plan, operation: Operation, shard: ShardFile | None, worker: Worker) -> list[TensorRecord]:
+def _copy_bytes(plan: Plan, operation: Operation, shard: ShardFile, worker: Worker) -> list[TensorRecord]:
     """Pass a tensor through bit for bit."""
     reader = _TensorReader(plan.source, operation.source[0])
     writer = _TensorWriter(shard, operation.target[0])
@@ -160,12 +159,12 @@ def _copy_bytes(plan: Plan, operation: Operation, shard: ShardFile | None, worke
         view = buffer[: min(CHUNK_BYTES, size - start)]
         reader.read(start, view)
         writer.write(view)
-        worker.step(len(view), reader.entry.file)
+        worker.step(len(view))
     return [_record(writer, Verdict.BIT_IDENTICAL, [reader])]
 
 
 def _convert_weight(
-    plan: Plan, operation: Operation, shard: ShardFile | None, worker: Worker, meter: RoundingMeter | None
+    plan: Plan, operation: Operation, shard: ShardFile, worker: Worker, meter: RoundingMeter | None
 ) -> list[TensorRecord] | None:
     """Convert a weight band by band; None as soon as a value changed and there is no meter to measure by how much."""
     before, after = operation.source_encoding, operation.target_encoding
@@ -187,12 +186,12 @@ def _convert_weight(
         if meter is not None:
             meter.add(decode(source), decode(target))
         elif check.inexact:
-            worker.step(-done, operation.source[0].file)
+            worker.step(-done)
             return None
         for writer, part in zip(writers, target.parts(), strict=True):
             writer.write(part.view(np.uint8).reshape(-1).data)
         step = sum(part.nbytes for part in source.parts())
-        worker.step(step, operation.source[0].file)
+        worker.step(step)
         done += step
     return _weight_records(operation, readers, writers, check, meter)
 

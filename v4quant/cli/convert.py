@@ -1,5 +1,151 @@
-"""Placeholder until the command lands."""
+"""`v4quant convert`: one stored form into another, streamed, proved tensor by tensor, resumable."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from v4quant.cli._options import JsonMode, MaxWorkers, Source, parse_size
+from v4quant.cli._output import Output, decimal_bytes, plural
+from v4quant.cli._progress import byte_progress
+
+if TYPE_CHECKING:
+    from v4quant.checkpoint.apply import ApplyReport
+    from v4quant.checkpoint.plan import Operation, Plan
+
+_SHOWN_RISKS = 5
 
 
-def convert() -> None:
-    """Not built yet."""
+def convert(
+    src: Source,
+    out: Annotated[Path, typer.Argument(help="Folder to write; made if missing.", show_default=False)],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="native, fp8, bf16 or base.", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest output file, decimal, with unit.")] = "5GB",
+    max_workers: MaxWorkers = 2,
+    allow_rounding: Annotated[bool, typer.Option("--allow-rounding", help="Accept tensors that lose bits.")] = False,
+    like: Annotated[
+        Path | None,
+        typer.Option(metavar="ORIGINAL", help="Reuse this checkpoint's block scales wherever they fit the values."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")] = False,
+    json_mode: JsonMode = False,
+) -> None:
+    """Convert a checkpoint and prove every tensor; run the same command again to continue after an interruption.
+
+    \b
+    v4quant convert DeepSeek-V4-Flash flash-fp8 --to fp8
+    v4quant convert DeepSeek-V4-Flash flash-bf16 --to bf16 --dry-run
+    v4quant convert flash-bf16 flash-again --to native --like DeepSeek-V4-Flash
+    """
+    # The engine loads numpy and numba, which `v4quant --help` need not wait for.
+    from v4quant.checkpoint.apply import apply
+    from v4quant.checkpoint.plan import make_plan
+    from v4quant.checkpoint.reader import open_checkpoint
+    from v4quant.formats import format_named
+
+    output = Output(json_mode)
+    target = format_named(to)
+    max_shard_bytes = parse_size(max_shard_size, "--max-shard-size")
+    original = open_checkpoint(like) if like else None
+    plan = make_plan(open_checkpoint(src), target, max_shard_bytes=max_shard_bytes, like=original)
+    if dry_run:
+        _report_plan(output, plan, out, max_workers, overwrite=overwrite)
+        return
+    _print_plan(output, plan)
+    start = time.monotonic()
+    with ExitStack() as stack:
+        report = apply(
+            plan,
+            out,
+            workers=max_workers,
+            allow_rounding=allow_rounding,
+            overwrite=overwrite,
+            progress=lambda done: stack.enter_context(byte_progress(plan.bytes_read, "convert", done)),
+        )
+    _report(output, plan, report, time.monotonic() - start)
+    output.note(f"next: v4quant verify {out} --against {src}")
+
+
+def _report_plan(output: Output, plan: "Plan", out: Path, workers: int, *, overwrite: bool) -> None:
+    """What --dry-run says."""
+    from v4quant.checkpoint.output import free_bytes, require_free
+
+    if not (out / "v4quant.journal.jsonl").exists():
+        require_free(out, overwrite=overwrite)
+    free, peak = free_bytes(out), plan.peak_memory_bytes(workers)
+    risky = [operation for operation in plan if operation.risk]
+    _print_plan(output, plan)
+    output.line(f"memory: at most {decimal_bytes(peak)} with {plural(workers, 'worker')}")
+    output.line(f"disk: needs {decimal_bytes(plan.disk_bytes)}, {decimal_bytes(free)} free")
+    if risky:
+        output.line(f"may round (checked value by value, refused without --allow-rounding): {len(risky):,} weights")
+        for risk, count in Counter(operation.risk for operation in risky).items():
+            output.line(f"  {plural(count, 'weight')} {risk}, such as {_first_with(risky, risk)}")
+    else:
+        output.line("may round: nothing")
+    output.result(
+        _plan_json(plan)
+        | {
+            "peak_memory_bytes": peak,
+            "disk_bytes": plan.disk_bytes,
+            "disk_free_bytes": free,
+            "shards": len(plan.shards),
+            "actions": dict(Counter(operation.action for operation in plan)),
+            "may_round": [{"tensor": operation.name, "when": operation.risk} for operation in risky],
+        }
+    )
+    if free < plan.disk_bytes:
+        output.note(f"warning: the disk of {out} is {decimal_bytes(plan.disk_bytes - free)} too small")
+    output.note("next: run it without --dry-run")
+
+
+def _first_with(operations: Iterable["Operation"], risk: str) -> str:
+    return next(operation.name for operation in operations if operation.risk == risk)
+
+
+def _plan_json(plan: "Plan") -> dict[str, Any]:
+    return {
+        "format": plan.format.name,
+        "tensors": plan.tensors,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+    }
+
+
+def _print_plan(output: Output, plan: "Plan") -> None:
+    shards = plural(len(plan.shards), "shard")
+    output.line(f"{plan.source.release}: {plan.source.scheme.name} -> {plan.format.name}, {shards}")
+    actions: dict[str, list[Operation]] = {}
+    for operation in plan:
+        actions.setdefault(operation.action, []).append(operation)
+    for action, operations in actions.items():
+        read = sum(operation.bytes_read for operation in operations)
+        written = sum(operation.bytes_written for operation in operations)
+        output.line(f"{action:>16}: {len(operations):>7,} x  {decimal_bytes(read):>10} -> {decimal_bytes(written)}")
+    output.line(f"reads {decimal_bytes(plan.bytes_read)}, writes {decimal_bytes(plan.bytes_written)}")
+
+
+def _report(output: Output, plan: "Plan", report: "ApplyReport", seconds: float) -> None:
+    """What a finished conversion says."""
+    from v4quant.checkpoint.certificate import Verdict
+
+    if report.resumed_shards:
+        output.line(f"continued: {plural(report.resumed_shards, 'shard')} had been finished before")
+    counts = {str(verdict): report.verdicts[verdict] for verdict in Verdict}
+    output.line(
+        f"{plural(plan.tensors, 'tensor')} in {seconds:.1f} s: {counts['bit_identical']:,} bit-identical, "
+        f"{counts['value_exact']:,} value-exact, {counts['rounded']:,} rounded"
+    )
+    for record in report.worst:
+        output.line(f"  rounded: {record.describe_error()}")
+    output.line(f"certificate: {report.certificate}")
+    output.result(
+        _plan_json(plan)
+        | {"seconds": round(seconds, 3), **counts, "certificate": str(report.certificate)}
+        | {"resumed_shards": report.resumed_shards}
+    )

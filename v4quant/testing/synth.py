@@ -151,7 +151,7 @@ def write_checkpoint(
                 writer.write_shard(out / shard.name, shard, pool)
         for name, data in plan.side_files.items():
             written.append(out / name)
-            write_file(out / name, data)
+            write_file(out / name, [data])
     except BaseException:
         _remove(out, written)
         raise

@@ -1,0 +1,301 @@
+"""Carry out a plan: fill output shards, prove every tensor, journal what is finished, and continue after a kill.
+
+Within a shard, worker threads take one tensor each; while the finished shard is being synced to disk the next one is
+already computed. config.json and the index are written last, so an unfinished folder is never taken for a checkpoint.
+"""
+
+import contextlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import v4quant
+from v4quant import strict_json
+from v4quant.checkpoint.certificate import CERTIFICATE_NAME, CertificateHeader, TensorRecord, Verdict
+from v4quant.checkpoint.index import INDEX_NAME
+from v4quant.checkpoint.journal import Journal, JournalHeader, lock_journal
+from v4quant.checkpoint.layout import Shard
+from v4quant.checkpoint.output import PARTIAL_SUFFIX, ShardFile, make_room, require_disk_space, require_free, write_file
+from v4quant.checkpoint.plan import DEFAULT_WORKERS, INFERENCE_CONFIG_NAME, Operation, Plan
+from v4quant.checkpoint.reader import JOURNAL_NAME, Checkpoint
+from v4quant.checkpoint.stream import StoppedError, Worker, convert_tensor
+from v4quant.config import CONFIG_NAME, MAX_CONFIG_BYTES
+from v4quant.errors import CheckFailedError, CheckpointError, InterruptedRunError, OutputError
+
+Advance = Callable[[int, str], None]
+_SHOWN_ROUNDED = 5
+_COPY_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What a conversion did.
+
+    Attributes:
+        verdicts: tensors by verdict.
+        worst: the rounded tensors of the largest relative RMS error, worst first.
+        certificate: path of the certificate.
+        resumed_shards: shards that an earlier, interrupted run had finished.
+    """
+
+    verdicts: Counter[Verdict]
+    worst: list[TensorRecord]
+    certificate: Path
+    resumed_shards: int
+
+
+def apply(
+    plan: Plan,
+    out: Path,
+    *,
+    workers: int = DEFAULT_WORKERS,
+    allow_rounding: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int], Advance] | None = None,
+) -> ApplyReport:
+    """Convert a checkpoint as planned, or continue a run of the same plan that was interrupted.
+
+    Args:
+        out: folder to write; made if missing.
+        workers: threads; memory is theirs times a chunk.
+        allow_rounding: accept tensors that lose bits; otherwise the first shard with one ends the run.
+        overwrite: replace a checkpoint, or an unfinished run of another plan, in out.
+        progress: told the source bytes that need not be read again; gives what is told bytes and shard from then on.
+
+    Raises:
+        CheckFailedError: if a tensor would be rounded and allow_rounding is False.
+        CheckpointError: if a weight is not finite, or the source changed or cannot be read.
+        OutputError: if out is in use or not free, or the disk is full or refuses.
+        InterruptedRunError: at Ctrl-C; what is finished is kept.
+    """
+    journal = _open_journal(plan, out, overwrite=overwrite)
+    run = _Run(plan, out, journal, workers, allow_rounding=allow_rounding)
+    try:
+        resumed = len(journal.finished)
+        run.write_shards(progress)
+        _write_side_files(plan, out)
+        report = _complete(plan, out, journal, resumed)
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            f"interrupted: {len(journal.finished)} of {len(plan.shards)} shards are finished and kept in {out}",
+            hint="Run the same command again to continue.",
+        ) from None
+    finally:
+        journal.close()
+    return report
+
+
+def _open_journal(plan: Plan, out: Path, *, overwrite: bool) -> Journal:
+    """Make the output folder ready, and begin or continue its journal."""
+    _require_apart(plan, out)
+    header = JournalHeader(plan.digest, plan.source.fingerprints())
+    if not (out / JOURNAL_NAME).is_file():
+        require_free(out, overwrite=overwrite)
+        make_room(out, plan.disk_bytes)
+    journal = lock_journal(out)
+    try:
+        found = journal.header()
+        if found == header or (found is not None and not overwrite):
+            journal.resume(header)
+            journal.finished = {s.name for s in plan.shards if s.name in journal.finished and _is_there(out, s)}
+            require_disk_space(out, plan.disk_bytes - sum(s.file_bytes for s in plan.shards if _is_there(out, s)))
+        else:
+            make_room(out, plan.disk_bytes, keep=JOURNAL_NAME)
+            journal.begin(header)
+    except BaseException:
+        journal.close()
+        raise
+    return journal
+
+
+def _require_apart(plan: Plan, out: Path) -> None:
+    """Refuse an output folder that is, holds or lies in a folder that is read."""
+    for read in (plan.source, plan.like):
+        if read is None:
+            continue
+        theirs, ours = Path(read.where).resolve(), out.resolve()
+        if theirs == ours or theirs in ours.parents or ours in theirs.parents:
+            raise OutputError(
+                f"{out}: overlaps with the checkpoint that is read, {read.where}", hint="Choose a folder beside it."
+            )
+
+
+def _is_there(out: Path, shard: Shard) -> bool:
+    path = out / shard.name
+    return path.is_file() and path.stat().st_size == shard.file_bytes
+
+
+class _Run:
+    """The shards of one run."""
+
+    def __init__(self, plan: Plan, out: Path, journal: Journal, workers: int, *, allow_rounding: bool) -> None:
+        self._plan = plan
+        self._out = out
+        self._journal = journal
+        self._workers = workers
+        self._allow_rounding = allow_rounding
+        self._stop = threading.Event()
+        self._of_thread = threading.local()
+        self._advance: Callable[[int], None] = lambda _count: None
+
+    def write_shards(self, progress: Callable[[int], Advance] | None) -> None:
+        """Write the shards that are not finished yet."""
+        todo = [shard for shard in self._plan.shards if shard.name not in self._journal.finished]
+        left = sum(operation.bytes_read for shard in todo for operation in self._plan.operations[shard.name])
+        advance = progress(self._plan.bytes_read - left) if progress else None
+        with ThreadPoolExecutor(self._workers) as pool, ThreadPoolExecutor(1) as finisher:
+            syncing: Future[None] | None = None
+            for shard in todo:
+                if advance is not None:
+                    self._advance = _named(advance, shard.name)
+                file, records = self._fill(shard, pool)
+                try:
+                    # One shard is synced at a time: more would only queue up in memory.
+                    if syncing is not None:
+                        syncing.result()
+                except BaseException:
+                    file.abandon()
+                    raise
+                syncing = finisher.submit(self._finish, shard, file, records)
+            if syncing is not None:
+                syncing.result()
+
+    def _fill(self, shard: Shard, pool: ThreadPoolExecutor) -> tuple[ShardFile, list[TensorRecord]]:
+        """Compute all tensors of a shard into its partial file."""
+        operations = self._plan.operations[shard.name]
+        file = ShardFile(self._out / shard.name, shard.header, shard.file_bytes)
+        tasks: list[Future[list[TensorRecord]]] = []
+        try:
+            tasks += (pool.submit(self._convert, operation, file) for operation in operations)
+            finished, _ = wait(tasks, return_when=FIRST_EXCEPTION)
+            _raise_first(finished)
+            place = {name: number for number, name in enumerate(shard.entries)}
+            records = sorted((r for task in tasks for r in task.result()), key=lambda record: place[record.tensor])
+            self._require_exact(shard, records)
+            for name in {entry.file for operation in operations for entry in operation.source}:
+                self._plan.source.files.require_unchanged(name)
+        except BaseException:
+            self._stop.set()
+            wait([task for task in tasks if not task.cancel()])
+            file.abandon()
+            raise
+        return file, records
+
+    def _convert(self, operation: Operation, file: ShardFile) -> list[TensorRecord]:
+        if not hasattr(self._of_thread, "worker"):
+            self._of_thread.worker = Worker(self._stop, lambda count: self._advance(count))
+        return convert_tensor(self._plan, operation, file, self._of_thread.worker)
+
+    def _require_exact(self, shard: Shard, records: list[TensorRecord]) -> None:
+        """Refuse rounding that nobody allowed; the whole shard is measured, so that the worst tensors can be named."""
+        rounded = [record for record in records if record.verdict is Verdict.ROUNDED and _is_weight(record)]
+        if rounded and not self._allow_rounding:
+            worst = "\n".join(f"  {record.describe_error()}" for record in worst_first(rounded)[:_SHOWN_ROUNDED])
+            raise CheckFailedError(
+                f"{len(rounded):,} weights of {shard.name} would lose bits as {self._plan.format.name}, "
+                f"expected exact values; the worst:\n{worst}",
+                hint="Accept the loss with --allow-rounding, or choose a format that holds the values (bf16, fp8).",
+            )
+
+    def _finish(self, shard: Shard, file: ShardFile, records: list[TensorRecord]) -> None:
+        file.finish()
+        self._journal.append(shard.name, records)
+
+
+def _named(advance: Advance, shard: str) -> Callable[[int], None]:
+    return lambda count: advance(count, shard)
+
+
+def _raise_first(finished: Iterable[Future[list[TensorRecord]]]) -> None:
+    """Raise what went wrong; that a task was stopped because of it says nothing."""
+    errors = [error for task in finished if (error := task.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, StoppedError)):
+        raise error
+
+
+def _is_weight(record: TensorRecord) -> bool:
+    return record.tensor.endswith(".weight")
+
+
+def worst_first(records: Iterable[TensorRecord]) -> list[TensorRecord]:
+    """Sort rounded tensors by relative RMS error, largest first."""
+    return sorted(records, key=lambda record: -record.measured["rms_relative_error"])
+
+
+def _write_side_files(plan: Plan, out: Path) -> None:
+    """Copy tokenizer, encoding, inference code and the like; inference/config.json says what is stored now."""
+    files = plan.source.files
+    for name in plan.side_files:
+        if name == INFERENCE_CONFIG_NAME:
+            write_file(out / name, [_inference_config(plan)])
+        else:
+            size = files.size(name)
+            ranges = ((start, min(start + _COPY_BYTES, size)) for start in range(0, size, _COPY_BYTES))
+            write_file(out / name, (files.read(name, start, stop) for start, stop in ranges))
+
+
+def _inference_config(plan: Plan) -> bytes:
+    """DeepSeek's inference/config.json for the output; the source's (or the original's) own bytes where they say so."""
+    wanted = plan.format.inference_config(_parse_inference_config(plan.source))
+    for candidate in (plan.source, plan.like):
+        if candidate is not None and INFERENCE_CONFIG_NAME in candidate.files:
+            if _parse_inference_config(candidate) == wanted:
+                return candidate.files.read(INFERENCE_CONFIG_NAME)
+    return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _parse_inference_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Parse inference/config.json.
+
+    Raises:
+        CheckpointError: if it is no JSON object, or too large for one.
+    """
+    where = f"{checkpoint.where}/{INFERENCE_CONFIG_NAME}"
+    if checkpoint.files.size(INFERENCE_CONFIG_NAME) <= MAX_CONFIG_BYTES:
+        with contextlib.suppress(ValueError):
+            parsed = strict_json.parse(checkpoint.files.read(INFERENCE_CONFIG_NAME))
+            if isinstance(parsed, dict):
+                return parsed
+    raise CheckpointError(f"{where}: is no JSON object, expected one", hint="Restore it from the release.")
+
+
+def _complete(plan: Plan, out: Path, journal: Journal, resumed: int) -> ApplyReport:
+    """Write certificate, index and config, in this order, and forget the journal."""
+    verdicts: Counter[Verdict] = Counter()
+    rounded: list[TensorRecord] = []
+
+    def lines() -> Iterator[bytes]:
+        yield _line(_certificate_header(plan).to_json())
+        for record in journal.records():
+            verdicts[record.verdict] += 1
+            if record.verdict is Verdict.ROUNDED and _is_weight(record):
+                rounded[:] = worst_first([*rounded, record])[:_SHOWN_ROUNDED]
+            yield _line(record.to_json())
+
+    write_file(out / CERTIFICATE_NAME, lines())
+    for left_over in out.glob(f"*{PARTIAL_SUFFIX}"):
+        left_over.unlink()
+    write_file(out / INDEX_NAME, [plan.index_bytes])
+    write_file(out / CONFIG_NAME, [plan.config_bytes])
+    journal.remove()
+    return ApplyReport(verdicts, rounded, out / CERTIFICATE_NAME, resumed)
+
+
+def _certificate_header(plan: Plan) -> CertificateHeader:
+    return CertificateHeader(
+        tool_version=v4quant.__version__,
+        source_id=plan.source.source_id(),
+        source_format=plan.source.scheme.name,
+        target=plan.format.name,
+        config_sha256=plan.config_sha256,
+        tensors=plan.tensors,
+    )
+
+
+def _line(entry: dict[str, object]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
