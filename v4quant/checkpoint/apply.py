@@ -7,7 +7,7 @@ already computed. config.json and the index are written last, so an unfinished f
 import contextlib
 import json
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from v4quant.checkpoint.reader import JOURNAL_NAME, Checkpoint
 from v4quant.checkpoint.stream import StoppedError, Worker, convert_tensor
 from v4quant.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from v4quant.errors import CheckFailedError, CheckpointError, InterruptedRunError, OutputError
+from v4quant.formats.cast import Scratch
 
 Advance = Callable[[int, str], None]
 _SHOWN_ROUNDED = 5
@@ -141,55 +142,58 @@ class _Run:
         self._allow_rounding = allow_rounding
         self._stop = threading.Event()
         self._of_thread = threading.local()
-        self._advance: Callable[[int], None] = lambda _count: None
+        self._syncing: Future[None] | None = None
 
     def write_shards(self, progress: Callable[[int], Advance] | None) -> None:
         """Write the shards that are not finished yet."""
         todo = [shard for shard in self._plan.shards if shard.name not in self._journal.finished]
         left = sum(operation.bytes_read for shard in todo for operation in self._plan.operations[shard.name])
         advance = progress(self._plan.bytes_read - left) if progress else None
+        started: deque[_OpenShard] = deque()
         with ThreadPoolExecutor(self._workers) as pool, ThreadPoolExecutor(1) as finisher:
-            syncing: Future[None] | None = None
-            for shard in todo:
-                if advance is not None:
-                    self._advance = _named(advance, shard.name)
-                file, records = self._fill(shard, pool)
-                try:
-                    # One shard is synced at a time: more would only queue up in memory.
-                    if syncing is not None:
-                        syncing.result()
-                except BaseException:
-                    file.abandon()
-                    raise
-                syncing = finisher.submit(self._finish, shard, file, records)
-            if syncing is not None:
-                syncing.result()
+            try:
+                for shard in todo:
+                    # The next shard's tensors queue up before the last ones of this are done, so no worker waits.
+                    started.append(self._start(shard, pool, advance))
+                    if len(started) > 1:
+                        self._complete(started, finisher)
+                while started:
+                    self._complete(started, finisher)
+                if self._syncing is not None:
+                    self._syncing.result()
+            except BaseException:
+                self._stop.set()
+                for open_shard in started:
+                    open_shard.abandon()
+                raise
 
-    def _fill(self, shard: Shard, pool: ThreadPoolExecutor) -> tuple[ShardFile, list[TensorRecord]]:
-        """Compute all tensors of a shard into its partial file."""
-        operations = self._plan.operations[shard.name]
+    def _start(self, shard: Shard, pool: ThreadPoolExecutor, advance: Advance | None) -> "_OpenShard":
+        """Open a shard's partial file and queue its tensors."""
         file = ShardFile(self._out / shard.name, shard.header, shard.file_bytes)
-        tasks: list[Future[list[TensorRecord]]] = []
-        try:
-            tasks += (pool.submit(self._convert, operation, file) for operation in operations)
-            finished, _ = wait(tasks, return_when=FIRST_EXCEPTION)
-            _raise_first(finished)
-            place = {name: number for number, name in enumerate(shard.entries)}
-            records = sorted((r for task in tasks for r in task.result()), key=lambda record: place[record.tensor])
-            self._require_exact(shard, records)
-            for name in {entry.file for operation in operations for entry in operation.source}:
-                self._plan.source.files.require_unchanged(name)
-        except BaseException:
-            self._stop.set()
-            wait([task for task in tasks if not task.cancel()])
-            file.abandon()
-            raise
-        return file, records
+        report = _named(advance, shard.name) if advance else _ignore
+        tasks = [pool.submit(self._convert, task, file, report) for task in self._plan.operations[shard.name]]
+        return _OpenShard(shard, file, tasks)
 
-    def _convert(self, operation: Operation, file: ShardFile) -> list[TensorRecord]:
-        if not hasattr(self._of_thread, "worker"):
-            self._of_thread.worker = Worker(self._stop, lambda count: self._advance(count))
-        return convert_tensor(self._plan, operation, file, self._of_thread.worker)
+    def _complete(self, started: "deque[_OpenShard]", finisher: ThreadPoolExecutor) -> None:
+        """Wait for the first open shard, prove it, and have it synced and journalled."""
+        shard, file, tasks = started[0].shard, started[0].file, started[0].tasks
+        finished, _ = wait(tasks, return_when=FIRST_EXCEPTION)
+        _raise_first(finished)
+        place = {name: number for number, name in enumerate(shard.entries)}
+        records = sorted((r for task in tasks for r in task.result()), key=lambda record: place[record.tensor])
+        self._require_exact(shard, records)
+        for name in {entry.file for operation in self._plan.operations[shard.name] for entry in operation.source}:
+            self._plan.source.files.require_unchanged(name)
+        # One shard is synced at a time: more would only queue up in memory.
+        if self._syncing is not None:
+            self._syncing.result()
+        started.popleft()
+        self._syncing = finisher.submit(self._finish, shard, file, records)
+
+    def _convert(self, operation: Operation, file: ShardFile, report: Callable[[int], None]) -> list[TensorRecord]:
+        if not hasattr(self._of_thread, "scratch"):
+            self._of_thread.scratch = Scratch()
+        return convert_tensor(self._plan, operation, file, Worker(self._stop, report, self._of_thread.scratch))
 
     def _require_exact(self, shard: Shard, records: list[TensorRecord]) -> None:
         """Refuse rounding that nobody allowed; the whole shard is measured, so that the worst tensors can be named."""
@@ -205,6 +209,24 @@ class _Run:
     def _finish(self, shard: Shard, file: ShardFile, records: list[TensorRecord]) -> None:
         file.finish()
         self._journal.append(shard.name, records)
+
+
+@dataclass(frozen=True)
+class _OpenShard:
+    """A shard whose tensors are being computed."""
+
+    shard: Shard
+    file: ShardFile
+    tasks: list[Future[list[TensorRecord]]]
+
+    def abandon(self) -> None:
+        """Give the shard up; the run's stop event is set already."""
+        wait([task for task in self.tasks if not task.cancel()])
+        self.file.abandon()
+
+
+def _ignore(_count: int) -> None:
+    """Report progress to nobody."""
 
 
 def _named(advance: Advance, shard: str) -> Callable[[int], None]:
@@ -241,16 +263,17 @@ def _write_side_files(plan: Plan, out: Path) -> None:
 
 def _inference_config(plan: Plan) -> bytes:
     """DeepSeek's inference/config.json for the output; the source's (or the original's) own bytes where they say so."""
-    wanted = plan.format.inference_config(_parse_inference_config(plan.source))
+    wanted = plan.format.inference_config(_read_inference_config(plan.source)[1])
     for candidate in (plan.source, plan.like):
         if candidate is not None and INFERENCE_CONFIG_NAME in candidate.files:
-            if _parse_inference_config(candidate) == wanted:
-                return candidate.files.read(INFERENCE_CONFIG_NAME)
+            text, stored = _read_inference_config(candidate)
+            if stored == wanted:
+                return text
     return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _parse_inference_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Parse inference/config.json.
+def _read_inference_config(checkpoint: Checkpoint) -> tuple[bytes, dict[str, Any]]:
+    """inference/config.json as bytes and parsed.
 
     Raises:
         CheckpointError: if it is no JSON object, or too large for one.
@@ -258,9 +281,10 @@ def _parse_inference_config(checkpoint: Checkpoint) -> dict[str, Any]:
     where = f"{checkpoint.where}/{INFERENCE_CONFIG_NAME}"
     if checkpoint.files.size(INFERENCE_CONFIG_NAME) <= MAX_CONFIG_BYTES:
         with contextlib.suppress(ValueError):
-            parsed = strict_json.parse(checkpoint.files.read(INFERENCE_CONFIG_NAME))
+            text = checkpoint.files.read(INFERENCE_CONFIG_NAME)
+            parsed = strict_json.parse(text)
             if isinstance(parsed, dict):
-                return parsed
+                return text, parsed
     raise CheckpointError(f"{where}: is no JSON object, expected one", hint="Restore it from the release.")
 
 

@@ -11,11 +11,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from v4quant.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from v4quant.checkpoint.direct import DirectFile
+
 MAX_FILES = 100_000
 _OPEN_FILES_A_THREAD = 8
+# Reads of this size go past the page cache (direct.py); smaller ones are headers, scales and other small things.
+DIRECT_READ_BYTES = 2**18
 _HINT_CHANGED = "Leave the source alone while it is read; then run the same command again."
 
 
@@ -88,13 +94,10 @@ class Files:
         """
         where = f"{self.where}/{name}"
         with _read_errors(where):
-            descriptor = self._handles.open(str(self.path(name)))
-            self._require_unchanged(where, name, os.fstat(descriptor))
-            while buffer:
-                count = os.preadv(descriptor, [buffer], start)
-                if count == 0:
-                    raise CheckpointError(f"{where}: ends at byte {start:,} while it is read", hint=_HINT_CHANGED)
-                buffer, start = buffer[count:], start + count
+            handle = self._handles.open(str(self.path(name)))
+            self._require_unchanged(where, name, os.fstat(handle.descriptor))
+            if handle.read_into(start, buffer) < len(buffer):
+                raise CheckpointError(f"{where}: is shorter than its {self.size(name):,} bytes", hint=_HINT_CHANGED)
 
     def require_unchanged(self, name: str) -> None:
         """Check that the file at this path is still the one that was listed.
@@ -155,9 +158,28 @@ class _Handle:
     """An open file; closes itself when it is let go of."""
 
     def __init__(self, path: str) -> None:
+        self._path = path
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._direct: DirectFile | None = None
+
+    def read_into(self, start: int, buffer: memoryview) -> int:
+        """Fill a buffer from byte `start` on; returns less than its size at the end of the file only."""
+        if len(buffer) >= DIRECT_READ_BYTES:
+            # Headers are read without numpy, which takes longer to import than `inspect` to run.
+            import numpy as np
+
+            from v4quant.checkpoint.direct import DirectFile
+
+            self._direct = self._direct or DirectFile(self._path, self.descriptor, os.O_RDONLY)
+            return self._direct.read_into(start, np.frombuffer(buffer, np.uint8))
+        done = 0
+        while done < len(buffer) and (count := os.preadv(self.descriptor, [buffer[done:]], start + done)):
+            done += count
+        return done
 
     def __del__(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
 
@@ -168,11 +190,11 @@ class _Handles(threading.local):
     def __init__(self) -> None:
         self._open: OrderedDict[str, _Handle] = OrderedDict()
 
-    def open(self, path: str) -> int:
-        """File descriptor of a path; valid until this thread has opened several others."""
+    def open(self, path: str) -> _Handle:
+        """The open file of a path."""
         if path not in self._open:
             self._open[path] = _Handle(path)
             if len(self._open) > _OPEN_FILES_A_THREAD:
                 self._open.popitem(last=False)
         self._open.move_to_end(path)
-        return self._open[path].descriptor
+        return self._open[path]

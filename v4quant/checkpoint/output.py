@@ -10,6 +10,9 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+
+from v4quant.checkpoint.direct import DirectFile
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.config import CONFIG_NAME
 from v4quant.errors import OutputError
@@ -76,7 +79,8 @@ class ShardFile:
         self.path = path
         self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
         with disk_errors(path):
-            self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            self._direct = DirectFile(str(self._partial), self._descriptor, os.O_WRONLY)
         try:
             with disk_errors(path):
                 os.posix_fallocate(self._descriptor, 0, file_bytes)
@@ -91,11 +95,8 @@ class ShardFile:
         Raises:
             OutputError: if the disk refuses.
         """
-        view = memoryview(data).cast("B")
         with disk_errors(self.path):
-            while view:
-                written = os.pwrite(self._descriptor, view, offset)
-                view, offset = view[written:], offset + written
+            self._direct.write(np.frombuffer(data, np.uint8), offset)
 
     def finish(self) -> None:
         """Sync, close and give the file its real name.
@@ -104,6 +105,7 @@ class ShardFile:
             OutputError: if the disk refuses.
         """
         with disk_errors(self.path):
+            self._direct.close()
             os.fsync(self._descriptor)
             os.close(self._descriptor)
             self._partial.replace(self.path)
@@ -111,6 +113,7 @@ class ShardFile:
 
     def abandon(self) -> None:
         """Close and remove the partial file."""
+        self._direct.close()
         with contextlib.suppress(OSError):
             os.close(self._descriptor)
         self._partial.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +38,12 @@ class Worker:
     Attributes:
         stop: set when the run ends early.
         advance: told how many source bytes were done.
+        scratch: the thread's buffers.
     """
 
     stop: threading.Event
     advance: Advance
-    scratch: Scratch = field(default_factory=Scratch)
+    scratch: Scratch
 
     def step(self, count: int) -> None:
         """Report progress; a negative count takes some back.
@@ -107,22 +108,24 @@ class _TensorReader:
 
 
 class _TensorWriter:
-    """Writes and hashes one output tensor from front to back."""
+    """Writes and hashes one output tensor from front to back; a copy has the hash of what it was read from."""
 
-    def __init__(self, shard: ShardFile, entry: TensorEntry) -> None:
+    def __init__(self, shard: ShardFile, entry: TensorEntry, copied: _TensorReader | None = None) -> None:
         self.entry = entry
         self._shard = shard
         self._offset = entry.start
         self._hash = hashlib.sha256()
+        self._copied = copied
 
     def write(self, data: memoryview) -> None:
-        self._hash.update(data)
+        if self._copied is None:
+            self._hash.update(data)
         self._shard.write(data, self._offset)
         self._offset += len(data)
 
     def digest(self) -> str:
         assert self._offset == self.entry.stop, f"{self.entry.name} is written in full"
-        return self._hash.hexdigest()
+        return self._hash.hexdigest() if self._copied is None else self._copied.digest()
 
 
 def convert_tensor(plan: Plan, operation: Operation, shard: ShardFile, worker: Worker) -> list[TensorRecord]:
@@ -152,7 +155,7 @@ def convert_tensor(plan: Plan, operation: Operation, shard: ShardFile, worker: W
 def _copy_bytes(plan: Plan, operation: Operation, shard: ShardFile, worker: Worker) -> list[TensorRecord]:
     """Pass a tensor through bit for bit."""
     reader = _TensorReader(plan.source, operation.source[0])
-    writer = _TensorWriter(shard, operation.target[0])
+    writer = _TensorWriter(shard, operation.target[0], copied=reader)
     size = reader.entry.stop - reader.entry.start
     buffer = worker.scratch.take("source codes", min(size, CHUNK_BYTES)).data
     for start in range(0, size, CHUNK_BYTES):
@@ -170,7 +173,8 @@ def _convert_weight(
     before, after = operation.source_encoding, operation.target_encoding
     assert before is not None and after is not None
     readers = [_TensorReader(plan.source, entry) for entry in operation.source]
-    writers = [_TensorWriter(shard, entry) for entry in operation.target]
+    copied = readers if operation.is_copy else [None] * len(operation.target)
+    writers = [_TensorWriter(shard, entry, reader) for entry, reader in zip(operation.target, copied, strict=True)]
     check = CastCheck()
     done = 0
     for band in bands(before.logical_shape(operation.source[0].shape)):
