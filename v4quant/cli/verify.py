@@ -1,5 +1,77 @@
-"""Placeholder until the command lands."""
+"""`v4quant verify`: does a checkpoint still hold the bytes that were written, and the values of its source?"""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from v4quant.cli._options import JsonMode, MaxWorkers
+from v4quant.cli._output import Output, plural
+from v4quant.cli._progress import byte_progress
+from v4quant.errors import CheckFailedError
+
+if TYPE_CHECKING:
+    from v4quant.checkpoint.verify import VerifyReport
+
+_SHOWN_MISMATCHES = 10
 
 
-def verify() -> None:
-    """Not built yet."""
+def verify(
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder to verify.", show_default=False)],
+    against: Annotated[
+        Path | None, typer.Option(metavar="SRC", help="Compare every value with this checkpoint, too.")
+    ] = None,
+    max_workers: MaxWorkers = 2,
+    json_mode: JsonMode = False,
+) -> None:
+    """Re-hash a converted checkpoint against its certificate, or compare every value with its source.
+
+    \b
+    v4quant verify flash-fp8
+    v4quant verify flash-fp8 --against DeepSeek-V4-Flash
+    """
+    # These load torch, which `v4quant --help` need not wait for.
+    from v4quant.checkpoint.reader import open_checkpoint
+    from v4quant.checkpoint.verify import verify_hashes, verify_values
+
+    output = Output(json_mode)
+    checkpoint = open_checkpoint(out)
+    source = open_checkpoint(against) if against else None
+    start = time.monotonic()
+    with byte_progress(checkpoint.bytes, "verify") as advance:
+        if source is None:
+            report = verify_hashes(checkpoint, workers=max_workers, progress=advance)
+        else:
+            report = verify_values(checkpoint, source, workers=max_workers, progress=advance)
+    output.result(
+        {
+            "ok": report.ok,
+            "tensors": len(checkpoint.tensors),
+            **{str(verdict): count for verdict, count in _counts(report).items()},
+            "mismatches": [mismatch.to_json() for mismatch in report.mismatches],
+            "seconds": round(time.monotonic() - start, 3),
+        }
+    )
+    _print_report(output, report, "values of " + str(against) if against else "certificate")
+    if not report.ok:
+        raise CheckFailedError(f"{out}: {plural(len(report.mismatches), 'mismatch')}", hint="Convert it again.")
+
+
+def _counts(report: "VerifyReport") -> dict[str, int]:
+    from v4quant.checkpoint.certificate import Verdict
+
+    return {str(verdict): report.verdicts[verdict] for verdict in Verdict}
+
+
+def _print_report(output: Output, report: "VerifyReport", what: str) -> None:
+    for mismatch in report.mismatches[:_SHOWN_MISMATCHES]:
+        output.line(f"MISMATCH {mismatch.tensor}: {mismatch.reason}")
+    if len(report.mismatches) > _SHOWN_MISMATCHES:
+        output.line(f"... and {len(report.mismatches) - _SHOWN_MISMATCHES:,} more (all of them: --json)")
+    counts = _counts(report)
+    verdict = "ok" if report.ok else "NOT ok"
+    output.line(
+        f"{verdict}: {plural(sum(counts.values()), 'tensor')} as the {what}: {counts['bit_identical']:,} "
+        f"bit-identical, {counts['value_exact']:,} value-exact, {counts['rounded']:,} rounded"
+    )

@@ -1,0 +1,204 @@
+"""Verify a checkpoint: re-hash it against its certificate, or compare every value with the checkpoint it came from.
+
+Hashes catch damage after the conversion; values catch a conversion that was wrong. Values are decoded by a second
+decoder that shares nothing with the one that converted (second_decoder.py). Both stream, a tensor a thread.
+"""
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from v4quant.checkpoint.certificate import CERTIFICATE_NAME, TensorRecord, Verdict, read_certificate
+from v4quant.checkpoint.compare import compare_plain, compare_weight
+from v4quant.checkpoint.files import Files
+from v4quant.checkpoint.header import TensorEntry
+from v4quant.checkpoint.reader import Checkpoint
+from v4quant.config import CONFIG_NAME
+from v4quant.inventory import LogicalTensor
+from v4quant.names import scale_name
+
+Advance = Callable[[int, str], None]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_READ_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One tensor or file that is not as it should be.
+
+    Attributes:
+        tensor: its name; a file's name for what concerns no tensor.
+        reason: expected and found.
+        details: for a wrong value its coordinate, expected and found values.
+    """
+
+    tensor: str
+    reason: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The mismatch as a JSON object."""
+        return {"tensor": self.tensor, "reason": self.reason, **self.details}
+
+
+@dataclass
+class VerifyReport:
+    """What a verification found.
+
+    Attributes:
+        verdicts: tensors that are as they should be, by verdict.
+        mismatches: those that are not.
+    """
+
+    verdicts: Counter[Verdict] = field(default_factory=Counter)
+    mismatches: list[Mismatch] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """True if nothing is wrong."""
+        return not self.mismatches
+
+
+def verify_hashes(out: Checkpoint, *, workers: int, progress: Advance) -> VerifyReport:
+    """Hash every tensor and compare with the certificate, both ways.
+
+    Args:
+        out: the checkpoint to verify.
+        progress: told bytes hashed, and of which file.
+
+    Raises:
+        CheckpointError: if there is no certificate, or it is damaged.
+    """
+    header, records = read_certificate(out.files)
+    report = VerifyReport()
+    report.mismatches += _structural(out)
+    if hashlib.sha256(out.config_bytes).hexdigest() != header.config_sha256:
+        report.mismatches.append(Mismatch(CONFIG_NAME, "is not the file that the certificate was made with"))
+
+    def check(record: TensorRecord) -> tuple[TensorRecord, Mismatch | None]:
+        return record, _check_record(out, record, progress)
+
+    seen: set[str] = set()
+    for record, mismatch in _in_threads(check, records, workers):
+        if record.tensor in seen:
+            mismatch = Mismatch(record.tensor, "has two lines in the certificate")
+        seen.add(record.tensor)
+        if mismatch is None:
+            report.verdicts[record.verdict] += 1
+        else:
+            report.mismatches.append(mismatch)
+    for name in sorted(out.tensors.keys() - seen):
+        report.mismatches.append(Mismatch(name, "is in no line of the certificate"))
+    if header.tensors != len(seen):
+        reason = f"promises {header.tensors:,} tensors, but has lines for {len(seen):,}"
+        report.mismatches.append(Mismatch(CERTIFICATE_NAME, reason))
+    return report
+
+
+def verify_values(out: Checkpoint, source: Checkpoint, *, workers: int, progress: Advance) -> VerifyReport:
+    """Decode both checkpoints and compare every value of every tensor, signs of zero included.
+
+    A tensor that the certificate calls rounded may differ, but not by more than the certificate says.
+
+    Args:
+        out: the checkpoint to verify.
+        source: what it must hold the values of; sound.
+        progress: told bytes of `out` compared, and of which file.
+
+    Raises:
+        CheckpointError: if the source has problems, or the certificate is damaged.
+    """
+    source.require_sound()
+    report = VerifyReport()
+    report.mismatches += _structural(out)
+    allowed = _rounded_records(out)
+
+    def check(tensor: LogicalTensor) -> tuple[int, Verdict | Mismatch]:
+        return _stored_parts(out, tensor), _check_values(out, source, tensor, allowed.get(tensor.name), progress)
+
+    for parts, found in _in_threads(check, source.logical, workers):
+        if isinstance(found, Mismatch):
+            report.mismatches.append(found)
+        else:
+            report.verdicts[found] += parts
+    ours = {tensor.name for tensor in source.logical}
+    for name in sorted(out.tensors.keys() - ours - {scale_name(n) for n in ours if n.endswith(".weight")}):
+        report.mismatches.append(Mismatch(name, f"is not in {source.where}"))
+    return report
+
+
+def _structural(out: Checkpoint) -> list[Mismatch]:
+    """What headers and index already show to be wrong."""
+    return [Mismatch(problem.where, problem.what) for problem in out.problems]
+
+
+def _in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> Iterator[_Result]:
+    """Results in order, a bounded number of items ahead, so that memory does not grow with the checkpoint."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = [pool.submit(function, item) for item in itertools.islice(iterator, 4 * workers)]
+        try:
+            while waiting:
+                yield waiting.pop(0).result()
+                waiting += [pool.submit(function, item) for item in itertools.islice(iterator, 1)]
+        finally:
+            for task in waiting:
+                task.cancel()
+
+
+def _check_record(out: Checkpoint, record: TensorRecord, progress: Advance) -> Mismatch | None:
+    entry = out.tensors.get(record.tensor)
+    if entry is None:
+        return Mismatch(record.tensor, "is in the certificate, but not in the checkpoint")
+    if (entry.dtype, entry.shape) != (record.dtype, record.shape):
+        wanted = f"{record.dtype} {list(record.shape)}"
+        return Mismatch(record.tensor, f"is {entry.dtype} {list(entry.shape)}, the certificate says {wanted}")
+    digest = _sha256(out.files, entry, progress)
+    if digest != record.sha256:
+        reason = f"bytes differ from those converted: sha256 {digest[:16]}..., expected {record.sha256[:16]}..."
+        return Mismatch(record.tensor, reason, {"expected": record.sha256, "found": digest})
+    return None
+
+
+def _sha256(files: Files, entry: TensorEntry, progress: Advance) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(_READ_BYTES, entry.bytes)))
+    for start in range(entry.start, entry.stop, _READ_BYTES):
+        view = buffer[: min(_READ_BYTES, entry.stop - start)]
+        files.read_into(entry.file, start, view)
+        digest.update(view)
+        progress(len(view), entry.file)
+    return digest.hexdigest()
+
+
+def _rounded_records(out: Checkpoint) -> dict[str, TensorRecord]:
+    """The certificate's lines of rounded weights; none where there is no certificate."""
+    if CERTIFICATE_NAME not in out.files:
+        return {}
+    _, records = read_certificate(out.files)
+    return {record.tensor: record for record in records if record.verdict is Verdict.ROUNDED}
+
+
+def _stored_parts(out: Checkpoint, tensor: LogicalTensor) -> int:
+    """Stored tensors of `out` that a logical tensor stands for: a weight and its scale, or one."""
+    return 1 + (tensor.kind != "plain" and scale_name(tensor.name) in out.tensors)
+
+
+def _check_values(
+    out: Checkpoint, source: Checkpoint, tensor: LogicalTensor, rounded: TensorRecord | None, progress: Advance
+) -> Verdict | Mismatch:
+    if tensor.name not in out.tensors:
+        return Mismatch(tensor.name, f"is missing, {source.where} holds it")
+    compare = compare_plain if tensor.kind == "plain" else compare_weight
+    found = compare(out, source, tensor, progress)
+    if found.first is None and not found.unlike:
+        return Verdict.BIT_IDENTICAL if found.same_bytes else Verdict.VALUE_EXACT
+    if rounded is not None and found.first is not None and found.is_within(rounded):
+        return Verdict.ROUNDED
+    beyond = "; more than the certificate says" if rounded else ""
+    return Mismatch(tensor.name, found.describe() + beyond, found.first.to_json() if found.first else {})
