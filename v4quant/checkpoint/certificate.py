@@ -26,6 +26,11 @@ class Verdict(StrEnum):
     ROUNDED = "rounded"  # at least one value changed
 
 
+def verdict_counts(verdicts: Mapping[Verdict, int]) -> dict[str, int]:
+    """Counts under the names that JSON output uses; every verdict is there, with 0 where nothing has it."""
+    return {str(verdict): verdicts.get(verdict, 0) for verdict in Verdict}
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
     """One line of the certificate.

@@ -19,7 +19,7 @@ from v4quant.inventory import LogicalTensor
 from v4quant.names import scale_name
 
 Advance = Callable[[int, str], None]
-_BAND_VALUES = 2**19
+_BAND_VALUES = 2**18
 _READ_BYTES = 4 * 2**20
 # Certificates hold float64 measurements of the same numbers; only the order of sums differs.
 _MEASUREMENT_TOLERANCE = 1e-6

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_FILES = 100_000
 _OPEN_FILES_A_THREAD = 8
 # Reads of this size go past the page cache (direct.py); smaller ones are headers, scales and other small things.
-DIRECT_READ_BYTES = 2**18
+DIRECT_READ_BYTES = 2**17
 _HINT_CHANGED = "Leave the source alone while it is read; then run the same command again."
 
 

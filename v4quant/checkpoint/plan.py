@@ -27,7 +27,7 @@ from v4quant.inventory import LogicalTensor
 from v4quant.names import scale_name
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
-DEFAULT_WORKERS = 2
+DEFAULT_WORKERS = 4
 # A chunk is a band of whole 128-row blocks with about this many bytes in its larger form: big enough that system
 # calls do not matter, small enough to stay in a core's cache between read, cast, hash and write.
 CHUNK_BYTES = 4 * 2**20

@@ -16,6 +16,7 @@ from v4quant.checkpoint.certificate import CERTIFICATE_NAME, TensorRecord, Verdi
 from v4quant.checkpoint.compare import compare_plain, compare_weight
 from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.header import TensorEntry
+from v4quant.checkpoint.plan import DEFAULT_WORKERS
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.config import CONFIG_NAME
 from v4quant.inventory import LogicalTensor
@@ -64,7 +65,11 @@ class VerifyReport:
         return not self.mismatches
 
 
-def verify_hashes(out: Checkpoint, *, workers: int, progress: Advance) -> VerifyReport:
+def _ignore(_count: int, _file: str) -> None:
+    """Report progress to nobody."""
+
+
+def verify_hashes(out: Checkpoint, *, workers: int = DEFAULT_WORKERS, progress: Advance = _ignore) -> VerifyReport:
     """Hash every tensor and compare with the certificate, both ways.
 
     Args:
@@ -100,7 +105,9 @@ def verify_hashes(out: Checkpoint, *, workers: int, progress: Advance) -> Verify
     return report
 
 
-def verify_values(out: Checkpoint, source: Checkpoint, *, workers: int, progress: Advance) -> VerifyReport:
+def verify_values(
+    out: Checkpoint, source: Checkpoint, *, workers: int = DEFAULT_WORKERS, progress: Advance = _ignore
+) -> VerifyReport:
     """Decode both checkpoints and compare every value of every tensor, signs of zero included.
 
     A tensor that the certificate calls rounded may differ, but not by more than the certificate says.

@@ -26,7 +26,7 @@ def convert(
     to: Annotated[str, typer.Option(metavar="FORMAT", help="native, fp8, bf16 or base.", show_default=False)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest output file, decimal, with unit.")] = "5GB",
-    max_workers: MaxWorkers = 2,
+    max_workers: MaxWorkers = 4,
     allow_rounding: Annotated[bool, typer.Option("--allow-rounding", help="Accept tensors that lose bits.")] = False,
     like: Annotated[
         Path | None,
@@ -132,11 +132,11 @@ def _print_plan(output: Output, plan: "Plan") -> None:
 
 def _report(output: Output, plan: "Plan", report: "ApplyReport", seconds: float) -> None:
     """What a finished conversion says."""
-    from v4quant.checkpoint.certificate import Verdict
+    from v4quant.checkpoint.certificate import verdict_counts
 
     if report.resumed_shards:
         output.line(f"continued: {plural(report.resumed_shards, 'shard')} had been finished before")
-    counts = {str(verdict): report.verdicts[verdict] for verdict in Verdict}
+    counts = verdict_counts(report.verdicts)
     output.line(
         f"{plural(plan.tensors, 'tensor')} in {seconds:.1f} s: {counts['bit_identical']:,} bit-identical, "
         f"{counts['value_exact']:,} value-exact, {counts['rounded']:,} rounded"

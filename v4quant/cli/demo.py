@@ -1,5 +1,133 @@
-"""Placeholder until the command lands."""
+"""`v4quant demo`: the whole chain on a tiny synthetic checkpoint, each step proved, one fault planted and found."""
+
+import filecmp
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from v4quant.cli._options import JsonMode
+from v4quant.cli._output import Output, decimal_bytes, plural
+from v4quant.errors import CheckFailedError
+
+if TYPE_CHECKING:
+    from v4quant.checkpoint.verify import VerifyReport
+
+_FOLDERS = ("native", "fp8", "bf16", "native-again", "damaged")
 
 
-def demo() -> None:
-    """Not built yet."""
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder for the demo's checkpoints.")] = Path("v4quant-demo"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in OUT.")] = False,
+    json_mode: JsonMode = False,
+) -> None:
+    """Make a tiny checkpoint, convert it, prove the results, and show that a single flipped bit is found.
+
+    \b
+    v4quant demo
+    v4quant demo /tmp/demo --overwrite
+    """
+    from v4quant.checkpoint.output import require_free
+
+    output = Output(json_mode)
+    require_free(out, overwrite=overwrite)
+    for name in _FOLDERS:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+    run = _Demo(out, output)
+    run.synth()
+    run.inspect()
+    run.convert("fp8")
+    run.convert("bf16")
+    run.return_to_native()
+    run.find_a_flipped_bit()
+    output.result({"ok": run.ok, "steps": run.steps, "folder": str(out)})
+    if not run.ok:
+        raise CheckFailedError(f"{out}: a step failed", hint="This is a defect of v4quant; please report it.")
+    output.line(f"proved: {', '.join(step['proved'] for step in run.steps if step['proved'])}")
+    output.note(f"next: v4quant inspect {out / 'fp8'}")
+
+
+class _Demo:
+    """The steps, and what came of them."""
+
+    def __init__(self, out: Path, output: Output) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self._out = out
+        self._output = output
+
+    @property
+    def ok(self) -> bool:
+        """True if every step so far was as it should be."""
+        return all(step["ok"] for step in self.steps)
+
+    def _note(self, step: str, ok: bool, text: str, proved: str = "") -> None:
+        self.steps.append({"step": step, "ok": ok, "text": text, "proved": proved})
+        self._output.line(f"{step:<28}{'ok ' if ok else 'NOT OK '} {text}")
+
+    def synth(self) -> None:
+        """Write the checkpoint that everything starts from."""
+        from v4quant.testing.releases import synth_config
+        from v4quant.testing.synth import write_checkpoint
+
+        report = write_checkpoint(self._out / "native", *synth_config("flash", tiny=True))
+        self._note("synth", True, f"{plural(report.tensors, 'tensor')}, {decimal_bytes(report.bytes)}, like Flash")
+
+    def inspect(self) -> None:
+        """Read its headers."""
+        from v4quant.checkpoint.reader import open_checkpoint
+
+        checkpoint = open_checkpoint(self._out / "native")
+        text = f"stored as {checkpoint.scheme.name}, {plural(len(checkpoint.problems), 'problem')}"
+        self._note("inspect", not checkpoint.problems, text)
+
+    def convert(self, target: str) -> None:
+        """Convert to another format, and compare every value with the original."""
+        report = self._convert("native", target, self._out / target)
+        verified = self._verify(target, "native")
+        ok = verified.ok and not report["rounded"]
+        text = f"{report['bit_identical']:,} tensors bit-identical, {report['value_exact']:,} value-exact"
+        proved = f"{target} holds every value of the original"
+        self._note(f"convert to {target}, verify", ok, text, proved)
+
+    def return_to_native(self) -> None:
+        """Go back from bf16, with the original's scales, and compare the files byte for byte."""
+        self._convert("bf16", "native", self._out / "native-again", like=self._out / "native")
+        original, again = self._out / "native", self._out / "native-again"
+        names = sorted(path.name for path in original.glob("*.*"))
+        _, differing, missing = filecmp.cmpfiles(original, again, names, shallow=False)
+        text = f"{plural(len(names), 'file')} of the original, {len(differing) + len(missing)} of them different"
+        self._note("bf16 back to native", not differing and not missing, text, "the way back is byte-identical")
+
+    def find_a_flipped_bit(self) -> None:
+        """Damage one bit of a weight in a copy; verify must name the tensor."""
+        damaged = self._out / "damaged"
+        shutil.copytree(self._out / "fp8", damaged)
+        shard = sorted(damaged.glob("*.safetensors"))[1]
+        with shard.open("r+b") as file:
+            file.seek(-1, 2)
+            byte = file.read(1)[0]
+            file.seek(-1, 2)
+            file.write(bytes([byte ^ 0x80]))
+        found = self._verify("damaged", "native").mismatches
+        text = f"{found[0].tensor}: {found[0].reason}" if found else "nothing was found"
+        self._note("flip one bit, verify", len(found) == 1, text, "a single flipped bit is found and named")
+
+    def _convert(self, source: str, target: str, out: Path, like: Path | None = None) -> dict[str, int]:
+        from v4quant.checkpoint.apply import apply
+        from v4quant.checkpoint.certificate import verdict_counts
+        from v4quant.checkpoint.plan import make_plan
+        from v4quant.checkpoint.reader import open_checkpoint
+        from v4quant.formats import format_named
+
+        original = open_checkpoint(like) if like else None
+        plan = make_plan(open_checkpoint(self._out / source), format_named(target), like=original)
+        return verdict_counts(apply(plan, out).verdicts)
+
+    def _verify(self, name: str, source: str) -> "VerifyReport":
+        from v4quant.checkpoint.reader import open_checkpoint
+        from v4quant.checkpoint.verify import verify_values
+
+        checkpoint, original = open_checkpoint(self._out / name), open_checkpoint(self._out / source)
+        return verify_values(checkpoint, original)

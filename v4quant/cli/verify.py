@@ -22,7 +22,7 @@ def verify(
     against: Annotated[
         Path | None, typer.Option(metavar="SRC", help="Compare every value with this checkpoint, too.")
     ] = None,
-    max_workers: MaxWorkers = 2,
+    max_workers: MaxWorkers = 4,
     json_mode: JsonMode = False,
 ) -> None:
     """Re-hash a converted checkpoint against its certificate, or compare every value with its source.
@@ -32,6 +32,7 @@ def verify(
     v4quant verify flash-fp8 --against DeepSeek-V4-Flash
     """
     # These load torch, which `v4quant --help` need not wait for.
+    from v4quant.checkpoint.certificate import verdict_counts
     from v4quant.checkpoint.reader import open_checkpoint
     from v4quant.checkpoint.verify import verify_hashes, verify_values
 
@@ -48,7 +49,7 @@ def verify(
         {
             "ok": report.ok,
             "tensors": len(checkpoint.tensors),
-            **{str(verdict): count for verdict, count in _counts(report).items()},
+            **verdict_counts(report.verdicts),
             "mismatches": [mismatch.to_json() for mismatch in report.mismatches],
             "seconds": round(time.monotonic() - start, 3),
         }
@@ -58,18 +59,14 @@ def verify(
         raise CheckFailedError(f"{out}: {plural(len(report.mismatches), 'mismatch')}", hint="Convert it again.")
 
 
-def _counts(report: "VerifyReport") -> dict[str, int]:
-    from v4quant.checkpoint.certificate import Verdict
-
-    return {str(verdict): report.verdicts[verdict] for verdict in Verdict}
-
-
 def _print_report(output: Output, report: "VerifyReport", what: str) -> None:
+    from v4quant.checkpoint.certificate import verdict_counts
+
     for mismatch in report.mismatches[:_SHOWN_MISMATCHES]:
         output.line(f"MISMATCH {mismatch.tensor}: {mismatch.reason}")
     if len(report.mismatches) > _SHOWN_MISMATCHES:
         output.line(f"... and {len(report.mismatches) - _SHOWN_MISMATCHES:,} more (all of them: --json)")
-    counts = _counts(report)
+    counts = verdict_counts(report.verdicts)
     verdict = "ok" if report.ok else "NOT ok"
     output.line(
         f"{verdict}: {plural(sum(counts.values()), 'tensor')} as the {what}: {counts['bit_identical']:,} "
