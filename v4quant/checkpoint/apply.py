@@ -12,25 +12,31 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import v4quant
-from v4quant import strict_json
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME, CertificateHeader, TensorRecord, Verdict
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.journal import Journal, JournalHeader, lock_journal
 from v4quant.checkpoint.layout import Shard
-from v4quant.checkpoint.output import PARTIAL_SUFFIX, ShardFile, make_room, require_disk_space, require_free, write_file
-from v4quant.checkpoint.plan import DEFAULT_WORKERS, INFERENCE_CONFIG_NAME, Operation, Plan
-from v4quant.checkpoint.reader import JOURNAL_NAME, Checkpoint
+from v4quant.checkpoint.output import (
+    PARTIAL_SUFFIX,
+    ShardFile,
+    disk_errors,
+    make_room,
+    require_disk_space,
+    require_free,
+    write_file,
+)
+from v4quant.checkpoint.plan import DEFAULT_WORKERS, Operation, Plan
+from v4quant.checkpoint.reader import JOURNAL_NAME
+from v4quant.checkpoint.side_files import write_side_files
 from v4quant.checkpoint.stream import StoppedError, Worker, convert_tensor
-from v4quant.config import CONFIG_NAME, MAX_CONFIG_BYTES
-from v4quant.errors import CheckFailedError, CheckpointError, InterruptedRunError, OutputError
+from v4quant.config import CONFIG_NAME
+from v4quant.errors import CheckFailedError, InterruptedRunError, OutputError
 from v4quant.formats.cast import Scratch
 
 Advance = Callable[[int, str], None]
 _SHOWN_ROUNDED = 5
-_COPY_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -79,15 +85,21 @@ def apply(
     try:
         resumed = len(journal.finished)
         run.write_shards(progress)
-        _write_side_files(plan, out)
+        write_side_files(plan.source, plan.like, plan.format, plan.side_files, out)
         report = _complete(plan, out, journal, resumed)
     except KeyboardInterrupt:
         raise InterruptedRunError(
-            f"interrupted: {len(journal.finished)} of {len(plan.shards)} shards are finished and kept in {out}",
+            f"interrupted: {len(journal.finished)} of {len(plan.shards)} shards are finished and kept",
             hint="Run the same command again to continue.",
         ) from None
     finally:
-        journal.close()
+        if journal.finished:
+            journal.close()
+        else:
+            # Nothing is worth continuing, so nothing is left behind.
+            journal.remove()
+            with contextlib.suppress(OSError):
+                out.rmdir()
     return report
 
 
@@ -95,7 +107,9 @@ def _open_journal(plan: Plan, out: Path, *, overwrite: bool) -> Journal:
     """Make the output folder ready, and begin or continue its journal."""
     _require_apart(plan, out)
     header = JournalHeader(plan.digest, plan.source.fingerprints())
-    if not (out / JOURNAL_NAME).is_file():
+    with disk_errors(out):
+        is_unfinished = (out / JOURNAL_NAME).is_file()
+    if not is_unfinished:
         require_free(out, overwrite=overwrite)
         make_room(out, plan.disk_bytes)
     journal = lock_journal(out)
@@ -247,45 +261,6 @@ def _is_weight(record: TensorRecord) -> bool:
 def worst_first(records: Iterable[TensorRecord]) -> list[TensorRecord]:
     """Sort rounded tensors by relative RMS error, largest first."""
     return sorted(records, key=lambda record: -record.measured["rms_relative_error"])
-
-
-def _write_side_files(plan: Plan, out: Path) -> None:
-    """Copy tokenizer, encoding, inference code and the like; inference/config.json says what is stored now."""
-    files = plan.source.files
-    for name in plan.side_files:
-        if name == INFERENCE_CONFIG_NAME:
-            write_file(out / name, [_inference_config(plan)])
-        else:
-            size = files.size(name)
-            ranges = ((start, min(start + _COPY_BYTES, size)) for start in range(0, size, _COPY_BYTES))
-            write_file(out / name, (files.read(name, start, stop) for start, stop in ranges))
-
-
-def _inference_config(plan: Plan) -> bytes:
-    """DeepSeek's inference/config.json for the output; the source's (or the original's) own bytes where they say so."""
-    wanted = plan.format.inference_config(_read_inference_config(plan.source)[1])
-    for candidate in (plan.source, plan.like):
-        if candidate is not None and INFERENCE_CONFIG_NAME in candidate.files:
-            text, stored = _read_inference_config(candidate)
-            if stored == wanted:
-                return text
-    return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _read_inference_config(checkpoint: Checkpoint) -> tuple[bytes, dict[str, Any]]:
-    """inference/config.json as bytes and parsed.
-
-    Raises:
-        CheckpointError: if it is no JSON object, or too large for one.
-    """
-    where = f"{checkpoint.where}/{INFERENCE_CONFIG_NAME}"
-    if checkpoint.files.size(INFERENCE_CONFIG_NAME) <= MAX_CONFIG_BYTES:
-        with contextlib.suppress(ValueError):
-            text = checkpoint.files.read(INFERENCE_CONFIG_NAME)
-            parsed = strict_json.parse(text)
-            if isinstance(parsed, dict):
-                return text, parsed
-    raise CheckpointError(f"{where}: is no JSON object, expected one", hint="Restore it from the release.")
 
 
 def _complete(plan: Plan, out: Path, journal: Journal, resumed: int) -> ApplyReport:

@@ -41,17 +41,8 @@ class Files:
             CheckpointError: if there is no such folder, it cannot be read, or a link in it leads out of it.
         """
         self.where = str(folder)
-        if not folder.exists():
-            raise CheckpointError(
-                f"{folder}: no such folder, expected a checkpoint",
-                hint="Check the path. Repositories on the Hub must be downloaded first.",
-            )
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{folder}: is a file, expected the folder that holds config.json and *.safetensors",
-                hint=f"Give its folder: {folder.parent}",
-            )
         with _read_errors(self.where):
+            _require_folder(folder)
             self._root = folder.resolve()
             self._stat = dict(sorted(self._walk(self._root, "")))
         self._handles = _Handles()
@@ -137,6 +128,19 @@ class Files:
                 f"{entry.path}: is a link out of the checkpoint folder, to {target}",
                 hint="Replace the link by the file it stands for, or remove it.",
             )
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise CheckpointError(
+            f"{folder}: no such folder, expected a checkpoint",
+            hint="Check the path. Repositories on the Hub must be downloaded first.",
+        )
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: is a file, expected the folder that holds config.json and *.safetensors",
+            hint=f"Give its folder: {folder.parent}",
+        )
 
 
 @contextlib.contextmanager

@@ -9,16 +9,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import PurePosixPath
 from typing import Any
 
 import v4quant
-from v4quant.checkpoint.certificate import CERTIFICATE_NAME
 from v4quant.checkpoint.header import TensorEntry
-from v4quant.checkpoint.index import INDEX_NAME, build_index
+from v4quant.checkpoint.index import build_index
 from v4quant.checkpoint.layout import HeaderTensor, Shard, lay_out
-from v4quant.checkpoint.reader import JOURNAL_NAME, PICKLE_SUFFIXES, Checkpoint
-from v4quant.config import CONFIG_NAME
+from v4quant.checkpoint.reader import Checkpoint
+from v4quant.checkpoint.side_files import side_files
 from v4quant.encodings import Encoding, Scheme
 from v4quant.errors import UsageError
 from v4quant.formats import Format
@@ -36,11 +34,6 @@ BASE_MEMORY_BYTES = 260_000_000
 TENSOR_MEMORY_BYTES = 2_500
 # Buffers of one worker, in chunks: source, target, and the BF16 middle step of FP8 -> FP4.
 CHUNK_BUFFERS = 3
-
-# Written or read by v4quant itself, or weights in other containers: never copied as side files.
-_OWN_FILES = {CONFIG_NAME, INDEX_NAME, CERTIFICATE_NAME, JOURNAL_NAME}
-_WEIGHT_SUFFIXES = {".safetensors", ".partial", ".gguf", ".h5", ".msgpack", *PICKLE_SUFFIXES}
-INFERENCE_CONFIG_NAME = "inference/config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +213,7 @@ def make_plan(
         operations[shard_name].append(
             Operation(draft.source, entries, draft.source_encoding, draft.target_encoding, _like_scale(draft, like))
         )
-    return Plan(source, like, target, shards, operations, _side_files(source))
+    return Plan(source, like, target, shards, operations, side_files(source))
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,12 +258,3 @@ def _require_alike(source: Checkpoint, target: Format, like: Checkpoint) -> None
             f"--like {like.files.where} is another model: {name} {list(shape)} is only in one of the two",
             hint="Give the checkpoint that this one was once converted from.",
         )
-
-
-def _side_files(source: Checkpoint) -> list[str]:
-    """Tokenizer, generation config, encoding/, inference/, licence, README: all that is no weight and not ours."""
-    return [
-        name
-        for name in source.files.names()
-        if name not in _OWN_FILES and PurePosixPath(name).suffix not in _WEIGHT_SUFFIXES
-    ]

@@ -19,7 +19,7 @@ from v4quant.checkpoint.plan import CHUNK_BYTES, Operation, Plan, chunk_rows
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.encodings import Encoding
 from v4quant.errors import CheckpointError
-from v4quant.formats.cast import Scratch, Weight, cast, check_finite, codes_dtype, decode, scale_dtype
+from v4quant.formats.cast import Scratch, Weight, cast, check_finite, codes_dtype, decode, scale_dtype, tiles
 from v4quant.numerics.casts import FP4_TO_FP8_SPREAD_BOUND, CastCheck
 from v4quant.numerics.errors import NonFiniteError
 from v4quant.numerics.measure import RoundingMeter
@@ -188,7 +188,8 @@ def _convert_weight(
                 like = _read_like(plan, operation, after, band)
                 check = check.merged(cast(source, target, worker.scratch, like))
         if meter is not None:
-            meter.add(decode(source), decode(target))
+            for of_source, of_target in tiles(source, target):
+                meter.add(decode(of_source), decode(of_target))
         elif check.inexact:
             worker.step(-done)
             return None

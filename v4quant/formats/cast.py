@@ -9,7 +9,7 @@ matrix. C columns.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ from v4quant.numerics.casts import CastCheck, bf16_to_fp4, bf16_to_fp8, fp4_to_b
 from v4quant.numerics.finite import check_bf16, check_e4m3, check_e8m0, check_f32_scale
 
 Array = npt.NDArray[Any]
+
+# What the reference codec takes at a time: 4 MiB of float64, so that its many middle steps take little memory.
+TILE = (128, 4096)
 
 _CODES: dict[str, np.dtype[Any]] = {
     "I8": np.dtype(np.uint8),
@@ -54,10 +57,38 @@ class Weight:
         return (self.codes,) if self.scale is None else (self.codes, self.scale)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Logical [R, C]."""
+        rows, columns = self.codes.shape
+        return (rows, columns * self.encoding.values_a_byte)
+
+    @property
     def scales(self) -> Array:
         """The scales of an encoding that has them."""
         assert self.scale is not None, f"{self.encoding.name} has scales"
         return self.scale
+
+    def tile(self, row: int, column: int) -> "Weight":
+        """The part from this row and column on, TILE at most, as views; both are multiples of 128."""
+        rows, columns = slice(row, row + TILE[0]), slice(column, column + TILE[1])
+        codes = self.codes[rows, _divided(columns, self.encoding.values_a_byte)]
+        if self.scale is None or self.encoding.block is None:
+            return Weight(self.encoding, codes)
+        block = self.encoding.block
+        return Weight(self.encoding, codes, self.scale[_divided(rows, block.rows), _divided(columns, block.columns)])
+
+
+def _divided(span: slice, size: int) -> slice:
+    """The same span counted in units of `size`."""
+    return slice(span.start // size, -(-span.stop // size))
+
+
+def tiles(*weights: Weight) -> Iterator[tuple[Weight, ...]]:
+    """Cut weights of the same logical shape into the same tiles."""
+    rows, columns = weights[0].shape
+    for row in range(0, rows, TILE[0]):
+        for column in range(0, columns, TILE[1]):
+            yield tuple(weight.tile(row, column) for weight in weights)
 
 
 class Scratch:
@@ -192,8 +223,7 @@ def _through(middle_encoding: Encoding) -> _Cast:
     """A cast in two steps; where the first one would round, values go from source to target in one, by float64."""
 
     def two_steps(source: Weight, target: Weight, scratch: Scratch, like: Array | None) -> CastCheck:
-        shape = source.encoding.logical_shape(source.codes.shape)
-        middle = scratch.weight("middle", middle_encoding, (shape[0], shape[1]))
+        middle = scratch.weight("middle", middle_encoding, source.shape)
         if cast(source, middle, scratch).inexact:
             return _by_float64(source, target, like)
         return cast(middle, target, scratch, like)
@@ -203,7 +233,15 @@ def _through(middle_encoding: Encoding) -> _Cast:
 
 def _by_float64(source: Weight, target: Weight, like: Array | None) -> CastCheck:
     """Any cast by the reference codec: slow, for numbers that the fast casts cannot take through BF16."""
-    values = decode(source)
+    check_finite(source)
+    original = Weight(target.encoding, target.codes, like)  # its codes are never read
+    check = CastCheck()
+    for of_source, of_target, of_original in tiles(source, target, original):
+        check = check.merged(_encode(decode(of_source), of_target, of_original.scale))
+    return check
+
+
+def _encode(values: npt.NDArray[np.float64], target: Weight, like: Array | None) -> CastCheck:
     if target.encoding == FP4:
         return codec.encode_fp4_float64(values, target.codes, target.scales, like)
     if target.encoding == FP8:
