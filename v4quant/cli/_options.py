@@ -9,8 +9,11 @@ import typer
 from v4quant.errors import UsageError
 
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint folder.", show_default=False)]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; made if missing.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
 JsonMode = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-MaxWorkers = Annotated[int, typer.Option(help="Threads; memory grows with them.", min=1, max=256)]
+MaxWorkers = Annotated[int, typer.Option(metavar="N", help="Threads; memory grows with them.", min=1, max=256)]
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,9}))? ?([A-Z]+)")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from v4quant.cli._options import JsonMode, MaxWorkers, Source, parse_size
+from v4quant.cli._options import DryRun, JsonMode, MaxWorkers, Out, Overwrite, Source, parse_size
 from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.cli._progress import byte_progress
 
@@ -22,17 +22,19 @@ _SHOWN_RISKS = 5
 
 def convert(
     src: Source,
-    out: Annotated[Path, typer.Argument(help="Folder to write; made if missing.", show_default=False)],
+    out: Out,
     to: Annotated[str, typer.Option(metavar="FORMAT", help="native, fp8, bf16 or base.", show_default=False)],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Largest output file, decimal, with unit.")] = "5GB",
+    dry_run: DryRun = False,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest output file, decimal, with unit.")
+    ] = "5GB",
     max_workers: MaxWorkers = 4,
     allow_rounding: Annotated[bool, typer.Option("--allow-rounding", help="Accept tensors that lose bits.")] = False,
     like: Annotated[
         Path | None,
         typer.Option(metavar="ORIGINAL", help="Reuse this checkpoint's block scales wherever they fit the values."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")] = False,
+    overwrite: Overwrite = False,
     json_mode: JsonMode = False,
 ) -> None:
     """Convert a checkpoint and prove every tensor; run the same command again to continue after an interruption.

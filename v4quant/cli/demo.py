@@ -18,7 +18,9 @@ _FOLDERS = ("native", "fp8", "bf16", "native-again", "damaged")
 
 
 def demo(
-    out: Annotated[Path, typer.Argument(help="Folder for the demo's checkpoints.")] = Path("v4quant-demo"),
+    out: Annotated[Path, typer.Argument(metavar="[OUT]", help="Folder for the demo's checkpoints.")] = Path(
+        "v4quant-demo"
+    ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in OUT.")] = False,
     json_mode: JsonMode = False,
 ) -> None:

@@ -2,11 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from v4quant.cli._options import JsonMode, Source
 from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.errors import CheckpointError
 
@@ -15,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    src: Annotated[Path, typer.Argument(help="Checkpoint folder.", show_default=False)],
-    json_mode: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    src: Source,
+    json_mode: JsonMode = False,
 ) -> None:
     """Tell format and release from what is stored, and list every problem; reads headers only.
 

@@ -1,25 +1,25 @@
 """`v4quant synth`: a synthetic checkpoint in the true stored form of a release."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from v4quant.cli._options import DryRun, JsonMode, Out, Overwrite
 from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.cli._progress import byte_progress
 from v4quant.testing.releases import Like, synth_config
 
 
 def synth(
-    out: Annotated[Path, typer.Argument(help="Folder to write; made if missing.", show_default=False)],
+    out: Out,
     like: Annotated[Like, typer.Option(help="The release whose stored form to follow.", show_default=False)],
-    layers: Annotated[int | None, typer.Option(help="Keep only the first N layers of the trunk.")] = None,
-    experts: Annotated[int | None, typer.Option(help="Keep only N routed experts a layer.")] = None,
+    layers: Annotated[int | None, typer.Option(metavar="N", help="Keep only the first N layers of the trunk.")] = None,
+    experts: Annotated[int | None, typer.Option(metavar="N", help="Keep only N routed experts a layer.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Small dimensions, every feature, under 20 MB.")] = False,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report files and sizes, write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")] = False,
-    json_mode: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    seed: Annotated[int, typer.Option(metavar="S", help="The same seed gives the same bytes.")] = 0,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    json_mode: JsonMode = False,
 ) -> None:
     """Write a synthetic checkpoint: a release's names, dtypes, shapes and files, with made-up weights.
 

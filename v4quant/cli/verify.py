@@ -18,7 +18,7 @@ _SHOWN_MISMATCHES = 10
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(help="Checkpoint folder to verify.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint folder to verify.", show_default=False)],
     against: Annotated[
         Path | None, typer.Option(metavar="SRC", help="Compare every value with this checkpoint, too.")
     ] = None,
