@@ -5,10 +5,13 @@ Python's own parser keeps the last of two equal keys without a word; two readers
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 # No number in a config, a header or an index has more: offsets within 10^19 bytes. Python itself refuses 4,300 digits.
 _MAX_DIGITS = 20
+# A release's config, header or index has three levels.
+_MAX_NESTING = 64
 
 
 def parse(text: str | bytes) -> Any:
@@ -21,7 +24,7 @@ def parse(text: str | bytes) -> Any:
         ValueError: saying what is wrong, if it is no such JSON.
     """
     try:
-        return json.loads(
+        value = json.loads(
             text if isinstance(text, str) else text.decode("utf-8"),
             object_pairs_hook=_object_without_duplicates,
             parse_int=_parse_int,
@@ -30,13 +33,25 @@ def parse(text: str | bytes) -> Any:
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    _require_shallow(value)
+    return value
+
+
+def _require_shallow(value: Any) -> None:
+    """Refuse nesting that this parser takes and others, or the writer of the same value, may not."""
+    level: list[Any] = [[value]]
+    for _ in range(_MAX_NESTING + 1):
+        children = (child for holder in level for child in (holder.values() if type(holder) is dict else holder))
+        level = [child for child in children if type(child) in (dict, list)]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for position, key in enumerate(keys) if key in keys[:position])
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"key {ascii(twice)[:80]} appears twice in one object")
     return result
 

@@ -15,6 +15,8 @@ from v4quant.encodings import BF16_SCHEME, NATIVE_SCHEME, Scheme
 from v4quant.inventory import LogicalTensor, logical_tensors, mtp_copies
 from v4quant.names import other_spelling, scale_name
 
+_SHOWN_NAME = 200
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -29,7 +31,9 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
+        # One line, whatever a hostile name holds; other control characters are escaped where it is printed.
+        where = self.where if len(self.where) <= _SHOWN_NAME else f"{self.where[:_SHOWN_NAME]}..."
+        return f"{where}: {self.what}".replace("\n", "\\n")
 
 
 def audit_tensors(config: V4Config, scheme: Scheme, entries: Entries, parsed: Parsed) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ and no path, so the same conversion gives the same certificate on every machine.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -70,7 +71,7 @@ class TensorRecord:
         return (
             f"{self.tensor}: {100 * measured['changed_share']:.3g} % of values change, relative error at most "
             f"{measured['max_relative_error']:.3g}, RMS {measured['rms_relative_error']:.3g}, "
-            f"SQNR {measured['sqnr_db']:.1f} dB"
+            f"SQNR {measured.get('sqnr_db', math.inf):.1f} dB"
         )
 
     @classmethod

@@ -8,6 +8,7 @@ import contextlib
 import os
 import stat
 import threading
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from v4quant.checkpoint.direct import DirectFile
 
 MAX_FILES = 100_000
+MAX_FOLDERS_DEEP = 32
 _OPEN_FILES_A_THREAD = 8
 # Reads of this size go past the page cache (direct.py); smaller ones are headers, scales and other small things.
 DIRECT_READ_BYTES = 2**17
@@ -107,20 +109,26 @@ class Files:
                 raise CheckpointError(f"{where}: has changed since this run began", hint=_HINT_CHANGED)
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
-        with os.scandir(folder) as entries:
+        if prefix.count("/") > MAX_FOLDERS_DEEP:
+            raise CheckpointError(f"{self.where}: holds folders in folders, more than {MAX_FOLDERS_DEEP} deep")
+        with _read_errors(str(folder)), os.scandir(folder) as entries:
             listed = [entry for entry in entries if not entry.name.startswith(".")]
         if len(listed) > MAX_FILES:
             raise CheckpointError(f"{folder}: holds {len(listed):,} files, expected at most {MAX_FILES:,}")
         for entry in listed:
+            _require_plain_name(entry)
             if entry.is_symlink():
                 self._require_inside(entry)
             if entry.is_dir(follow_symlinks=False):
                 yield from self._walk(Path(entry.path), f"{prefix}{entry.name}/")
-            elif stat.S_ISREG(entry.stat().st_mode):
-                yield prefix + entry.name, entry.stat()
+                continue
+            with _read_errors(entry.path):
+                found = entry.stat()
+            if stat.S_ISREG(found.st_mode):
+                yield prefix + entry.name, found
 
     def _require_inside(self, entry: os.DirEntry[str]) -> None:
-        target = Path(entry.path).resolve()
+        target = Path(os.path.realpath(entry.path))  # Path.resolve() has an error of its own for links in a circle
         blobs = self._root.parent.parent / "blobs"
         is_hub_cache = self._root.parent.name == "snapshots" and target.parent == blobs
         if not (is_hub_cache or target.is_relative_to(self._root)):
@@ -128,6 +136,14 @@ class Files:
                 f"{entry.path}: is a link out of the checkpoint folder, to {target}",
                 hint="Replace the link by the file it stands for, or remove it.",
             )
+
+
+def _require_plain_name(entry: os.DirEntry[str]) -> None:
+    """Refuse names that would steer a terminal, forge a line of output, or are no text at all."""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in entry.name):
+        raise CheckpointError(
+            f"{entry.path!a}: has a name with control characters or not in UTF-8", hint="Rename or remove it."
+        )
 
 
 def _require_folder(folder: Path) -> None:
@@ -163,8 +179,8 @@ class _Handle:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._direct: DirectFile | None = None
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read_into(self, start: int, buffer: memoryview) -> int:
         """Fill a buffer from byte `start` on; returns less than its size at the end of the file only."""

@@ -153,12 +153,12 @@ def _are_sizes(value: object) -> bool:
 
 def _check_coverage(file: str, entries: Iterable[TensorEntry], data_start: int, file_bytes: int) -> None:
     """Check that every byte of data belongs to exactly one tensor, and that all of it is there."""
-    end, before = data_start, None
+    end, before = data_start, ""
     for entry in _by_place(entries):
         if entry.start < end:
-            raise _damaged(file, f"{entry.name!r} overlaps {before!r}")
+            raise _damaged(file, f"{entry.name[:200]!r} overlaps {before[:200]!r}")
         if entry.start > end:
-            raise _damaged(file, f"{entry.start - end:,} bytes before {entry.name!r} belong to no tensor")
+            raise _damaged(file, f"{entry.start - end:,} bytes before {entry.name[:200]!r} belong to no tensor")
         end, before = entry.stop, entry.name
     if end > file_bytes:
         raise _damaged(file, f"is truncated: has {file_bytes:,} bytes, its header promises {end:,}")

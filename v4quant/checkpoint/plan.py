@@ -126,7 +126,8 @@ class Plan:
         for candidate in (self.source, self.like):
             if candidate is not None and candidate.config_json == wanted:
                 return candidate.config_bytes
-        return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode()
+        # A lone surrogate, which UTF-8 has no bytes for, becomes the escape that JSON writes it as.
+        return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
     @property
     def config_sha256(self) -> str:

@@ -101,7 +101,8 @@ class Checkpoint:
         if self.problems:
             lines = [f"{text} (and {count - 1:,} alike)" if count > 1 else text for text, count in self.problem_groups]
             raise CheckpointError(
-                f"{self.where}: {len(self.problems):,} problems:\n  " + "\n  ".join(lines),
+                f"{self.where}: {'1 problem' if len(self.problems) == 1 else f'{len(self.problems):,} problems'}:\n  "
+                + "\n  ".join(lines),
                 hint=f"See all of them with: v4quant inspect {self.where} --json",
             )
 

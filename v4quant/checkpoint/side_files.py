@@ -62,7 +62,7 @@ def _inference_config(source: Checkpoint, like: Checkpoint | None, target: Forma
             text, stored = _read_inference_config(candidate)
             if stored == wanted:
                 return text
-    return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _read_inference_config(checkpoint: Checkpoint) -> tuple[bytes, dict[str, Any]]:

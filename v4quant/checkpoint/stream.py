@@ -4,6 +4,7 @@ Memory is one band's buffers whatever the tensor (plan.chunk_rows), and they are
 """
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -260,8 +261,9 @@ def _weight_records(
         "changed_share": error.changed_share,
         "max_relative_error": error.max_relative,
         "rms_relative_error": error.rms_relative,
-        "sqnr_db": error.sqnr_db,
     }
+    if math.isfinite(error.sqnr_db):  # infinite, which JSON cannot write, where only signs of zero were lost
+        measured["sqnr_db"] = error.sqnr_db
     return [_record(writer, Verdict.ROUNDED, readers, measured) for writer in writers]
 
 
