@@ -23,7 +23,7 @@ check: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/casts.py
 	$(BIN)/python benchmarks/convert.py
-	$(BIN)/python benchmarks/inspect.py
+	$(BIN)/python benchmarks/inspect_.py
 
 docs: .venv/installed
 	$(BIN)/python -m tests.cli.command_reference > docs/cli.md

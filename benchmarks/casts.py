@@ -9,25 +9,20 @@ Rounding rows encode normally distributed weights, the others weights that lie o
 """
 
 import argparse
-import csv
-import importlib.metadata
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from _results import environment, write_csv
 
 from v4quant.numerics.casts import bf16_to_fp4, bf16_to_fp8, fp4_to_bf16, fp4_to_fp8, fp8_to_bf16
 
 ROWS, COLUMNS, MATRICES = 2048, 4096, 24
 THREADS = 2
 MEMCPY_BYTES = 2**30
-RESULTS = Path(__file__).parent / "results" / "casts.csv"
 
 Bytes = npt.NDArray[np.uint8]
 Job = Callable[[int], object]
@@ -92,13 +87,6 @@ def rate(pool: ThreadPoolExecutor, job: Job, count: int, moved_bytes: int) -> fl
     return moved_bytes / (time.perf_counter() - start) / 1e9
 
 
-def processor() -> str:
-    """Name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     """Measure, print a table, write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,17 +112,9 @@ def main() -> None:
         "threads": THREADS,
         "matrices": f"{MATRICES}x[{ROWS},{COLUMNS}]",
         "rounds": rounds,
-        "processor": processor(),
-        "python": platform.python_version(),
-        "numpy": importlib.metadata.version("numpy"),
-        "numba": importlib.metadata.version("numba"),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        **environment("numpy", "numba"),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *common], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | common for row in rows)
+    write_csv("casts", rows, common)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from v4quant.checkpoint.detect import Entries, Parsed, stored_dimensions
+from v4quant.checkpoint.detect import Entries, Parsed, is_dspark_stored, stored_dimensions, stored_mtp_blocks
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.index import INDEX_NAME, Index
 from v4quant.config import CONFIG_NAME, V4Config
@@ -141,9 +141,15 @@ def audit_config(config: V4Config, scheme: Scheme, entries: Entries, parsed: Par
     elif config.expert_dtype == "fp8" and scheme == NATIVE_SCHEME:
         yield _says("says expert_dtype fp8", scheme)
     for key, (value, name) in stored_dimensions(entries, parsed).items():
-        if getattr(config, key) != value:
-            shape = list(entries[name].shape)
-            yield Problem(CONFIG_NAME, f"says {key} {getattr(config, key):,}, but {value:,} is stored ({name} {shape})")
+        said = getattr(config, key)
+        if said != value:
+            claim = f"has no {key}" if said is None else f"says {key} {said:,}"
+            yield Problem(CONFIG_NAME, f"{claim}, but {value:,} is stored ({name} {list(entries[name].shape)})")
+    blocks = stored_mtp_blocks(parsed)
+    if config.mtp_blocks != blocks:
+        yield Problem(CONFIG_NAME, f"has compress_ratios for {config.mtp_blocks} MTP blocks, but {blocks} are stored")
+    if config.is_dspark and blocks and not is_dspark_stored(parsed):
+        yield Problem(CONFIG_NAME, "has dspark_markov_rank, but the MTP blocks that are stored are no DSpark stages")
 
 
 def _says(claim: str, scheme: Scheme) -> Problem:

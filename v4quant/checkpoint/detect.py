@@ -54,6 +54,10 @@ def detect_scheme(entries: Entries, parsed: Parsed, where: str) -> Scheme:
     )
 
 
+def _count(counts: Counter[tuple[str, str]], leaf: str) -> int:
+    return sum(count for (found, _), count in counts.items() if found == leaf)
+
+
 def _most_common(counts: Counter[tuple[str, str]], leaf: str) -> str:
     """The commonest dtype among weights or scales; "" where there are none."""
     of_leaf = Counter({dtype: count for (found, dtype), count in counts.items() if found == leaf})
@@ -66,8 +70,9 @@ def _fitting(counts: Counter[tuple[str, str]]) -> list[Encoding]:
     if not weight and not scale:
         return list(_ENCODINGS)
     fitting = [encoding for encoding in _ENCODINGS if encoding.weight_dtype == weight]
-    # Weights without a single scale are told by themselves; the audit lists the scales that are missing.
-    return [encoding for encoding in fitting if encoding.scale_dtype == scale] or ([] if scale else fitting)
+    # Weights most of which have no scale are told by themselves; the audit lists the scales that are missing or astray.
+    has_scales = 2 * _count(counts, "scale") > _count(counts, "weight")
+    return [encoding for encoding in fitting if encoding.scale_dtype == scale] or ([] if has_scales else fitting)
 
 
 def _describe(counts: Counter[tuple[str, str]]) -> str:
@@ -75,33 +80,69 @@ def _describe(counts: Counter[tuple[str, str]]) -> str:
     return f"{_most_common(counts, 'weight') or 'nothing'} with {scale + ' scales' if scale else 'no scales'}"
 
 
+# Module and leaf -> the keys of config.json that an axis of its shape tells.
+_TOLD_BY: dict[tuple[str, str], tuple[tuple[str, int], ...]] = {
+    ("embed", "weight"): (("vocab_size", 0), ("hidden_size", 1)),
+    ("attn", "attn_sink"): (("num_attention_heads", 0),),
+    ("attn.kv_norm", "weight"): (("head_dim", 0),),
+    ("attn.wq_a", "weight"): (("q_lora_rank", 0),),
+    ("attn.indexer.weights_proj", "weight"): (("index_n_heads", 0),),
+    ("attn.indexer.compressor.norm", "weight"): (("index_head_dim", 0),),
+    ("ffn.gate", "weight"): (("n_routed_experts", 0),),
+    ("ffn.gate", "tid2eid"): (("num_experts_per_tok", 1),),
+    ("ffn.experts.w1", "weight"): (("moe_intermediate_size", 0),),
+    ("", "hc_head_base"): (("hc_mult", 0),),
+    ("markov_head.markov_w1", "weight"): (("dspark_markov_rank", 1),),
+    ("markov_head.markov_w2", "weight"): (("dspark_markov_rank", 1),),
+    ("markov_head.embed", "weight"): (("dspark_markov_rank", 1),),
+    ("markov_head.head", "weight"): (("dspark_markov_rank", 1),),
+}
+_DSPARK_MODULES = {"main_proj", "main_norm", "markov_head.markov_w1", "markov_head.embed", "confidence_head.proj"}
+
+
 def stored_dimensions(entries: Entries, parsed: Parsed) -> dict[str, tuple[int, str]]:
-    """Dimensions that the stored shapes tell: key of config.json -> value, and the tensor that says so."""
-    found: dict[str, tuple[int, str]] = {}
+    """Dimensions that most of the stored shapes tell: key of config.json -> value, and a tensor that says so."""
+    votes: dict[str, Counter[int]] = {}
+    witness: dict[tuple[str, int], str] = {}
 
-    def note(key: str, name: str, value: int) -> None:
-        found.setdefault(key, (value, name))
+    def vote(key: str, name: str, value: int) -> None:
+        votes.setdefault(key, Counter())[value] += 1
+        witness.setdefault((key, value), name)
 
-    most = (-1, "")
+    def result() -> dict[str, tuple[int, str]]:
+        winners = {key: counts.most_common(1)[0][0] for key, counts in votes.items()}
+        return {key: (value, witness[key, value]) for key, value in winners.items()}
+
+    last = (-1, "")
     for name, parts in parsed.items():
         shape = entries[name].shape
-        match parts.module, parts.leaf, len(shape):
-            case "embed", "weight", 2 if not parts.block:
-                note("vocab_size", name, shape[0])
-                note("hidden_size", name, shape[1])
-            case "attn", "attn_sink", 1:
-                note("num_attention_heads", name, shape[0])
-            case "attn.wq_a", "weight", 2:
-                note("q_lora_rank", name, shape[0])
-            case "ffn.gate", "weight", 2:
-                note("n_routed_experts", name, shape[0])
-            case "ffn.experts.w1", "weight", 2:
-                note("moe_intermediate_size", name, shape[0])
-        if parts.block == "layers":
-            most = max(most, (parts.index, name))
-    if most[1]:
-        note("num_hidden_layers", most[1], most[0] + 1)
-    return found
+        for key, axis in _TOLD_BY.get((parts.module, parts.leaf), ()):
+            if axis < len(shape):
+                vote(key, name, shape[axis])
+        if parts.block == "layers" and parts.role is Role.ATTENTION:
+            last = max(last, (parts.index, name))
+    if last[1]:
+        vote("num_hidden_layers", last[1], last[0] + 1)
+    told = result()
+    width = told.get("num_attention_heads", (0, ""))[0] * told.get("head_dim", (0, ""))[0]
+    for name, parts in parsed.items():
+        if (parts.module, parts.leaf, len(entries[name].shape)) == ("attn.wo_a", "weight", 2):
+            rows, columns = entries[name].shape  # [groups * rank, heads * head_dim / groups]
+            groups = width // columns if columns else 0
+            if groups and groups * columns == width and rows % groups == 0:
+                vote("o_groups", name, groups)
+                vote("o_lora_rank", name, rows // groups)
+    return result()
+
+
+def stored_mtp_blocks(parsed: Parsed) -> int:
+    """Number of MTP blocks; like a layer, a block is there where it has some of its attention."""
+    return len({parts.index for parts in parsed.values() if parts.block == "mtp" and parts.role is Role.ATTENTION})
+
+
+def is_dspark_stored(parsed: Parsed) -> bool:
+    """True where the MTP blocks are DSpark stages."""
+    return any(parts.module in _DSPARK_MODULES for parts in parsed.values())
 
 
 def stored_ratios(entries: Entries, parsed: Parsed, layers: int) -> list[int]:
@@ -127,9 +168,20 @@ def stored_config(config_json: Mapping[str, Any], entries: Entries, parsed: Pars
     layers = dimensions.get("num_hidden_layers", 0)
     if not 1 <= layers <= 1024:  # the bound of config.py; a hostile name may claim layer 9999
         return None
-    mtp_blocks = len({parts.index for parts in parsed.values() if parts.block == "mtp"})
-    ratios = stored_ratios(entries, parsed, layers) + [0] * mtp_blocks
+    ratios = stored_ratios(entries, parsed, layers) + [0] * stored_mtp_blocks(parsed)
+    words = {**config_json, **dimensions, "compress_ratios": ratios}
+    if is_dspark_stored(parsed):
+        words.setdefault("dspark_target_layer_ids", _target_layer_ids(entries, dimensions.get("hidden_size", 0)))
+    else:
+        words = {key: value for key, value in words.items() if not key.startswith("dspark_")}
     try:
-        return V4Config.from_json({**config_json, **dimensions, "compress_ratios": ratios}, "stored")
+        return V4Config.from_json(words, "stored")
     except UsageError:
         return None
+
+
+def _target_layer_ids(entries: Entries, hidden_size: int) -> list[int]:
+    """As many layers as the first DSpark stage takes in; which ones they are, no shape tells."""
+    main_proj = entries.get("mtp.0.main_proj.weight")
+    columns = main_proj.shape[-1] if main_proj and main_proj.shape else 0
+    return [0] * (columns // hidden_size if hidden_size else 0)

@@ -136,9 +136,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     index = headers.read_index(files)
     foreign = headers.drop_foreign_files(index)
     parsed = {name: parts for name in headers.tensors if (parts := parse_name(name))}
-    if not parsed and headers.problems:
+    if headers.problems and not any(parts.is_quantised for parts in parsed.values()):
         raise CheckpointError(
-            f"{files.where}: no header could be read:\n  " + "\n  ".join(map(str, headers.problems[:_SHOWN_PROBLEMS])),
+            f"{files.where}: no header of weight matrices could be read:\n  "
+            + "\n  ".join(map(str, headers.problems[:_SHOWN_PROBLEMS])),
             hint="Download or export these files again.",
         )
     scheme = detect_scheme(headers.tensors, parsed, files.where)
