@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from formats import oracle
 
+from tests.formats import oracle
 from v4quant.checkpoint import plan as plan_module
 from v4quant.checkpoint import stream
 from v4quant.checkpoint.apply import apply

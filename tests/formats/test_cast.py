@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from formats import oracle
+from tests.formats import oracle
 from v4quant.encodings import BF16, FP4, FP8, FP8_F32_SCALE, Encoding
 from v4quant.formats import FORMATS
 from v4quant.formats.cast import Scratch, Weight, cast, check_finite, codes_dtype, decode, scale_dtype

@@ -1,0 +1,86 @@
+"""Run v4quant command lines that a signal strikes at a chosen moment: before, after or in the middle of a system call.
+
+A program: each line on stdin is a JSON job {"argv", "signal", "moment", "stderr"}, each line on stdout its outcome
+{"exit", "moments"}. A moment is one of three for each call that changes the disk, counted from 0 over all threads; -1
+lets the run end by itself, and "moments" says how many there were. Each job is a fork, so that everything is loaded
+but once; a process that SIGKILL ends has no chance to tidy up, whoever started it.
+"""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from v4quant.cli.main import main
+
+STRUCK = ("open", "mkdir", "pwrite", "posix_fallocate", "fsync", "replace", "unlink")
+
+
+class Moments:
+    """Counts moments, and sends the signal to this process when its moment has come."""
+
+    def __init__(self, signal: int, moment: int) -> None:
+        self.passed = 0
+        self._signal = signal
+        self._moment = moment
+        self._lock = threading.Lock()
+
+    def is_now(self) -> bool:
+        with self._lock:
+            self.passed += 1
+            return self.passed - 1 == self._moment
+
+    def strike(self) -> None:
+        if self.is_now():
+            os.kill(os.getpid(), self._signal)
+
+    def watch(self, name: str) -> None:
+        """Put moments before, in the middle of, and after every call of this function of `os`."""
+        original: Callable[..., Any] = getattr(os, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.strike()
+            if self.is_now():
+                if name == "pwrite":
+                    descriptor, data, offset = args
+                    original(descriptor, data[: len(data) // 2], offset)
+                os.kill(os.getpid(), self._signal)
+            result = original(*args, **kwargs)
+            self.strike()
+            return result
+
+        setattr(os, name, watched)
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Carry out one job in this process."""
+    sys.stdout = Path(os.devnull).open("w")
+    sys.stderr = Path(job["stderr"]).open("w")
+    moments = Moments(job["signal"], job["moment"])
+    for name in STRUCK:
+        moments.watch(name)
+    return {"exit": main(job["argv"]), "moments": moments.passed}
+
+
+def serve() -> None:
+    """Fork for each job and report how it ended."""
+    for line in sys.stdin:
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            outcome = run(json.loads(line))
+            sys.stderr.flush()
+            os.write(write_end, json.dumps(outcome).encode())
+            os._exit(0)
+        os.close(write_end)
+        with os.fdopen(read_end) as answer:
+            outcome_text = answer.read()
+        _, status = os.waitpid(pid, 0)
+        print(outcome_text or json.dumps({"exit": os.waitstatus_to_exitcode(status), "moments": 0}), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
