@@ -7,7 +7,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.checkpoint.conversion import REFERENCES
+from tests.checkpoint.sparse import write_sparse
 from v4quant.checkpoint.header import build_header
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.reader import JOURNAL_NAME, Checkpoint, open_checkpoint
@@ -24,26 +25,7 @@ from v4quant.testing.releases import Like, synth_config
 from v4quant.testing.synth import plan_synth
 
 DATA = Path(__file__).parents[1] / "data"
-REFERENCES = sorted((DATA / "reference").iterdir())
-# Only on machines that have the whole set of reference checkpoints beside the repository.
-REFERENCES += [path for path in [DATA.parents[2] / "shared" / "reference" / "tiny-pro"] if path.exists()]
 SECOND = "model-00002-of-00003.safetensors"
-
-
-@cache
-def _files(like: str, cut: tuple[tuple[str, Any], ...]) -> dict[str, tuple[bytes, int]]:
-    plan = plan_synth(*synth_config(like, **dict(cut)))
-    weights = {shard.name: (shard.header, shard.file_bytes) for shard in plan.shards}
-    return weights | {name: (data, len(data)) for name, data in plan.side_files.items()}
-
-
-def write_sparse(folder: Path, like: str, **cut: Any) -> Path:
-    """A checkpoint of true headers, index and config, whose tensor data is a hole."""
-    for name, (data, size) in _files(like, tuple(sorted(cut.items()))).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-        os.truncate(folder / name, size)
-    return folder
 
 
 @pytest.fixture
@@ -287,9 +269,12 @@ def test_a_file_with_one_v4_tensor_is_a_part(folder: Path) -> None:
 
 
 def test_files_in_folders_are_not_weights(folder: Path) -> None:
+    """As `original/` or `consolidated/` in some repositories, with the same tensors once more."""
     (folder / "original").mkdir()
-    reference_outputs(folder / "original", "model-00001-of-00003.safetensors")
-    assert problems(folder) == []
+    add_shard(folder / "original", "model.safetensors", ("norm.weight", "BF16", (256,)))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.problems == []
+    assert "original/model.safetensors" not in checkpoint.header_sha256
 
 
 # Folders that hold no checkpoint.

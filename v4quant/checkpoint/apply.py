@@ -93,6 +93,7 @@ def apply(
             hint="Run the same command again to continue.",
         ) from None
     finally:
+        _remove_partial_files(out)
         if journal.finished:
             journal.close()
         else:
@@ -277,12 +278,18 @@ def _complete(plan: Plan, out: Path, journal: Journal, resumed: int) -> ApplyRep
             yield _line(record.to_json())
 
     write_file(out / CERTIFICATE_NAME, lines())
-    for left_over in out.glob(f"*{PARTIAL_SUFFIX}"):
-        left_over.unlink()
+    _remove_partial_files(out)
     write_file(out / INDEX_NAME, [plan.index_bytes])
     write_file(out / CONFIG_NAME, [plan.config_bytes])
     journal.remove()
     return ApplyReport(verdicts, rounded, out / CERTIFICATE_NAME, resumed)
+
+
+def _remove_partial_files(out: Path) -> None:
+    """Remove what this run, or one that was killed, left unfinished."""
+    for left_over in out.glob(f"*{PARTIAL_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            left_over.unlink()
 
 
 def _certificate_header(plan: Plan) -> CertificateHeader:

@@ -11,7 +11,7 @@ import typer
 
 from v4quant.cli._options import DryRun, JsonMode, MaxWorkers, Out, Overwrite, Source, parse_size
 from v4quant.cli._output import Output, decimal_bytes, plural
-from v4quant.cli._progress import byte_progress
+from v4quant.cli._progress import Advance, byte_progress
 
 if TYPE_CHECKING:
     from v4quant.checkpoint.apply import ApplyReport
@@ -58,16 +58,21 @@ def convert(
     if dry_run:
         _report_plan(output, plan, out, max_workers, overwrite=overwrite)
         return
-    _print_plan(output, plan)
     start = time.monotonic()
     with ExitStack() as stack:
+
+        def begin(done: int) -> Advance:
+            # Only now is it certain that the output folder may be written.
+            _print_plan(output, plan)
+            return stack.enter_context(byte_progress(plan.bytes_read, "convert", done))
+
         report = apply(
             plan,
             out,
             workers=max_workers,
             allow_rounding=allow_rounding,
             overwrite=overwrite,
-            progress=lambda done: stack.enter_context(byte_progress(plan.bytes_read, "convert", done)),
+            progress=begin,
         )
     _report(output, plan, report, time.monotonic() - start)
     output.note(f"next: v4quant verify {out} --against {src}")

@@ -46,6 +46,8 @@ def main(argv: list[str]) -> int:
     try:
         app(args=argv, prog_name="v4quant")
     except SystemExit as exit_:
+        if exit_.code == InterruptedRunError.exit_code:  # typer's answer to Ctrl-C, without a word
+            _report(InterruptedRunError("interrupted"))
         return exit_.code if isinstance(exit_.code, int) else 0
     except V4QuantError as error:
         if os.environ.get("V4QUANT_DEBUG") == "1":
