@@ -1,11 +1,14 @@
 """Run v4quant command lines that a signal strikes at a chosen moment: before, after or in the middle of a system call.
 
-A program: each line on stdin is a JSON job {"argv", "signal", "moment", "stderr"}, each line on stdout its outcome
-{"exit", "moments"}. A moment is one of three for each call that changes the disk, counted from 0 over all threads; -1
-lets the run end by itself, and "moments" says how many there were. Each job is a fork, so that everything is loaded
-but once; a process that SIGKILL ends has no chance to tidy up, whoever started it.
+A program: its arguments are a command line that it runs first, which loads all that is loaded late. Then each line on
+stdin is a JSON job {"argv", "signal", "moment", "stderr"}, and each line on stdout its outcome {"exit", "moments"}.
+
+There are three moments for each call that changes the disk, counted from 0 over all threads; -1 lets the run end by
+itself, and "moments" says how many there were. Each job is a fork: a process that SIGKILL ends has no chance to tidy
+up, however it was started.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -57,12 +60,11 @@ class Moments:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Carry out one job in this process."""
-    sys.stdout = Path(os.devnull).open("w")
-    sys.stderr = Path(job["stderr"]).open("w")
-    moments = Moments(job["signal"], job["moment"])
-    for name in STRUCK:
-        moments.watch(name)
-    return {"exit": main(job["argv"]), "moments": moments.passed}
+    with Path(os.devnull).open("w") as sys.stdout, Path(job["stderr"]).open("w") as sys.stderr:
+        moments = Moments(job["signal"], job["moment"])
+        for name in STRUCK:
+            moments.watch(name)
+        return {"exit": main(job["argv"]), "moments": moments.passed}
 
 
 def serve() -> None:
@@ -72,7 +74,6 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             outcome = run(json.loads(line))
-            sys.stderr.flush()
             os.write(write_end, json.dumps(outcome).encode())
             os._exit(0)
         os.close(write_end)
@@ -83,4 +84,6 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        main(sys.argv[1:])
     serve()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.checkpoint.conversion import REFERENCES, Array, convert, plan_of, stored, stored_torch, write_small
 from tests.formats import oracle
 from v4quant.checkpoint import plan as plan_module
 from v4quant.checkpoint import stream
@@ -19,8 +20,6 @@ from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.encodings import SCHEMES, Encoding
 from v4quant.formats import FORMATS
 from v4quant.testing.asserts import assert_bitwise_equal, assert_same_checkpoint
-
-from .conversion import REFERENCES, Array, convert, plan_of, stored, stored_torch, write_small
 
 SYNTHETIC = {"mtp": "flash", "dspark": "flash-0731", "base": "flash-base"}
 BORN_NATIVE = ["mtp", "dspark"]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 
 import v4quant
+from tests.checkpoint.conversion import convert, stored, write_small
 from v4quant.checkpoint.certificate import (
     CERTIFICATE_NAME,
     CertificateHeader,
@@ -23,8 +24,6 @@ from v4quant.checkpoint.certificate import (
 from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.errors import CheckpointError
-
-from .conversion import convert, stored, write_small
 
 RECORD = TensorRecord(
     tensor="layers.0.ffn.experts.0.w1.weight",

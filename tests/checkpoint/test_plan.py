@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.conversion import convert, find, plan_of, rewrite, write_small
 from v4quant.checkpoint.header import TensorEntry, read_header
 from v4quant.checkpoint.layout import Shard
 from v4quant.checkpoint.plan import DEFAULT_WORKERS, Plan, make_plan
@@ -17,8 +18,6 @@ from v4quant.formats import FORMATS
 from v4quant.names import scale_name
 from v4quant.testing.releases import synth_config
 from v4quant.testing.synth import plan_synth
-
-from .conversion import convert, find, plan_of, rewrite, write_small
 
 
 def sparse_release(folder: Path, like: str) -> Checkpoint:

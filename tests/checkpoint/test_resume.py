@@ -3,23 +3,24 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.checkpoint.conversion import convert, write_small
 from v4quant.checkpoint.reader import JOURNAL_NAME, open_checkpoint
 from v4quant.cli.main import main
 from v4quant.errors import CheckpointError
 from v4quant.testing.asserts import assert_same_checkpoint
 
-from .conversion import convert, write_small
-
+ROOT = Path(__file__).parents[2]
 POINTS = 25
 
 
@@ -69,15 +70,37 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     source = write_small(root / "source", mtp=True)
     (source / "encoding").mkdir()
     (source / "encoding" / "encoding.py").write_text("# carried along\n")
-    program = [sys.executable, str(Path(__file__).with_name("crash_server.py"))]
-    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        undisturbed = strike(
-            server, ["convert", str(source), str(root / "out"), "--to", "fp8"], signal.SIGKILL, -1, root / "stderr"
-        )
-        assert undisturbed.exit == 0, undisturbed.errors
-        yield Bench(source, root / "out", server, undisturbed.moments)
+    expected, errors = root / "expected", root / "stderr"
+    undisturbed = ["convert", str(source), str(expected), "--to", "fp8"]
+    program = [sys.executable, "-m", "tests.checkpoint.crash_server", *undisturbed]
+    with (
+        errors.open("w") as log,
+        subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT
+        ) as server,
+    ):
+        bench = Bench(source, expected, server, moments=0)
+        outcome = bench.strike(root / "counted", signal.SIGKILL, -1)
+        assert outcome.exit == 0, outcome.errors
+        yield replace(bench, moments=outcome.moments)
         assert server.stdin
         server.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def half(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A killed run that has finished two or three of its four shards."""
+    out = tmp_path_factory.mktemp("half") / "out"
+    strike_until_half_done(bench, out)
+    return out
+
+
+def strike_until_half_done(bench: Bench, out: Path) -> None:
+    for moment in range(bench.moments // 2, bench.moments, 5):
+        bench.strike(out, signal.SIGKILL, moment)
+        if len(finished(out)) in (2, 3):
+            return
+    raise AssertionError("no such moment")
 
 
 def finished(out: Path) -> dict[str, tuple[int, int]]:
@@ -129,8 +152,8 @@ def test_killed_at_any_moment(bench: Bench, tmp_path: Path, number: int) -> None
 
 def test_killed_again_and_again(bench: Bench, tmp_path: Path) -> None:
     """Every run gets a little further; in the end there is the same checkpoint."""
-    out, last, moment = tmp_path / "out", 0, 5
-    for moment in range(20, 1_000, 20):
+    out, last, moment = tmp_path / "out", 0, 0
+    for moment in range(60, 1_500, 60):
         outcome = bench.strike(out, signal.SIGKILL, moment)
         assert_nothing_false_looks_whole(out, bench.expected)
         assert len(finished(out)) >= last or outcome.exit == 0
@@ -138,11 +161,11 @@ def test_killed_again_and_again(bench: Bench, tmp_path: Path) -> None:
         if outcome.exit == 0:
             break
         assert outcome.exit == -signal.SIGKILL
-    assert moment > 60
+    assert moment > 120
     assert_same_checkpoint(out, bench.expected)
 
 
-INTERRUPTS = 12
+INTERRUPTS = 20
 
 
 @pytest.mark.parametrize("number", range(INTERRUPTS))
@@ -161,28 +184,17 @@ def test_interrupted_at_any_moment(bench: Bench, tmp_path: Path, number: int) ->
     run_again(bench, out)
 
 
-def half_done(bench: Bench, out: Path) -> None:
-    """A killed run that has finished two or three of its four shards."""
-    for moment in range(bench.moments // 2, bench.moments):
-        bench.strike(out, signal.SIGKILL, moment)
-        if len(finished(out)) in (2, 3):
-            return
-    raise AssertionError("no such moment")
-
-
 @pytest.mark.parametrize("lost", range(1, 2_000, 250))
-def test_a_torn_journal_costs_no_more_than_its_last_shard(bench: Bench, tmp_path: Path, lost: int) -> None:
+def test_a_torn_journal_costs_no_more_than_its_last_shard(bench: Bench, half: Path, tmp_path: Path, lost: int) -> None:
     """After a power cut the last lines may be missing or torn."""
-    out = tmp_path / "out"
-    half_done(bench, out)
+    out = shutil.copytree(half, tmp_path / "out")
     journal = out / JOURNAL_NAME
     os.truncate(journal, max(0, journal.stat().st_size - lost))
     run_again(bench, out)
 
 
-def test_a_finished_shard_that_is_gone_or_cut_is_made_again(bench: Bench, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    half_done(bench, out)
+def test_a_finished_shard_that_is_gone_or_cut_is_made_again(bench: Bench, half: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(half, tmp_path / "out")
     first, second = sorted(finished(out))[:2]
     (out / first).unlink()
     os.truncate(out / second, 100)
@@ -224,7 +236,7 @@ def test_a_source_that_changed_between_the_runs(
     source, out = tmp_path / "source", tmp_path / "out"
     convert(bench.source, source, "native")
     own = Bench(source, bench.expected, bench.server, bench.moments)
-    half_done(own, out)
+    strike_until_half_done(own, out)
     before = finished(out)
     change(source)
     assert main(own.command(out)) == 3
@@ -239,10 +251,9 @@ def test_a_source_that_changed_between_the_runs(
 
 @pytest.mark.parametrize("options", [["--to", "bf16"], ["--max-shard-size", "300KB"]])
 def test_other_options_need_overwrite(
-    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+    bench: Bench, half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
-    out = tmp_path / "out"
-    half_done(bench, out)
+    out = shutil.copytree(half, tmp_path / "out")
     before = finished(out)
     assert main([*bench.command(out), *options]) == 5
     assert "unfinished conversion with other options" in capsys.readouterr().err

@@ -166,6 +166,8 @@ class _Run:
         advance = progress(self._plan.bytes_read - left) if progress else None
         started: deque[_OpenShard] = deque()
         with ThreadPoolExecutor(self._workers) as pool, ThreadPoolExecutor(1) as finisher:
+            # A Ctrl-C while a thread starts makes its pool forget it; what this one does must be waited for.
+            finisher.submit(_nothing).result()
             try:
                 for shard in todo:
                     # The next shard's tensors queue up before the last ones of this are done, so no worker waits.
@@ -242,6 +244,10 @@ class _OpenShard:
 
 def _ignore(_count: int) -> None:
     """Report progress to nobody."""
+
+
+def _nothing() -> None:
+    """Let a thread start."""
 
 
 def _named(advance: Advance, shard: str) -> Callable[[int], None]:

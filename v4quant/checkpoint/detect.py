@@ -170,6 +170,7 @@ def stored_config(config_json: Mapping[str, Any], entries: Entries, parsed: Pars
         return None
     ratios = stored_ratios(entries, parsed, layers) + [0] * stored_mtp_blocks(parsed)
     words = {**config_json, **dimensions, "compress_ratios": ratios}
+    words["num_hash_layers"] = min(config_json["num_hash_layers"], layers)
     if is_dspark_stored(parsed):
         words.setdefault("dspark_target_layer_ids", _target_layer_ids(entries, dimensions.get("hidden_size", 0)))
     else:

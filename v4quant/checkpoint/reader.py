@@ -136,10 +136,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     index = headers.read_index(files)
     foreign = headers.drop_foreign_files(index)
     parsed = {name: parts for name in headers.tensors if (parts := parse_name(name))}
-    if headers.problems and not any(parts.is_quantised for parts in parsed.values()):
+    if not any(parts.is_quantised for parts in parsed.values()) and (lost := headers.lost(index)):
         raise CheckpointError(
             f"{files.where}: no header of weight matrices could be read:\n  "
-            + "\n  ".join(map(str, headers.problems[:_SHOWN_PROBLEMS])),
+            + "\n  ".join(map(str, lost[:_SHOWN_PROBLEMS])),
             hint="Download or export these files again.",
         )
     scheme = detect_scheme(headers.tensors, parsed, files.where)
@@ -201,6 +201,12 @@ class _Headers:
             self.problems.append(Problem(INDEX_NAME, str(error).removeprefix(f"{INDEX_NAME}: ")))
             return None
 
+    def lost(self, index: Index | None) -> list[Problem]:
+        """Files that cannot be read; where all can be, what the index says of files that are not there."""
+        if self.problems or index is None or set(index.weight_map.values()) <= self.sha256.keys():
+            return self.problems
+        return list(audit_index(index, self.tensors, set(self.sha256)))
+
     def drop_foreign_files(self, index: Index | None) -> list[str]:
         """Leave out files that the index does not name and that hold no V4 tensor, such as reference outputs."""
         if index is None:
@@ -224,9 +230,10 @@ def _weight_files(files: Files) -> list[str]:
     """
     top = [name for name in files.names() if "/" not in name]
     found = [name for name in top if name.endswith(".safetensors")]
-    if any(_TENSOR_PARALLEL_FILE.fullmatch(name) for name in found):
+    parallel = [name for name in found if _TENSOR_PARALLEL_FILE.fullmatch(name)]
+    if parallel:
         raise CheckpointError(
-            f"{files.where}: holds tensor-parallel shards ({found[0]}), expected whole tensors and config.json",
+            f"{files.where}: holds tensor-parallel shards ({parallel[0]}), expected whole tensors and config.json",
             hint="Give the checkpoint that these were sharded from.",
         )
     if JOURNAL_NAME in files and (not found or CONFIG_NAME not in files):
