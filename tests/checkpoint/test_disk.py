@@ -32,7 +32,7 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, number: int) -> None:
-    """Let the nth call of a function of `os`, and all that follow, say that the disk is full, or whatever errno says."""
+    """Let one call of a function of `os`, counted from 0, and all that follow fail with this errno."""
     original: Callable[..., Any] = getattr(os, name)
     calls = itertools.count()
 
@@ -54,15 +54,16 @@ def assert_nothing_false_looks_whole(out: Path, expected: Path) -> None:
             open_checkpoint(out)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize(
-    ("name", "calls"),
+    ("name", "calls", "number"),
     [
-        ("posix_fallocate", range(4)),
-        ("pwrite", [0, 1, 2, 3, 10, 40, 70, 100, 130]),
-        ("fsync", range(30)),
-        ("replace", range(11)),
-        ("open", [0, 1, 2, 5, 10]),
+        ("posix_fallocate", range(4), errno.ENOSPC),
+        ("pwrite", [0, 1, 2, 3, 10, 40, 70, 100, 130], errno.ENOSPC),
+        ("pwrite", [0, 10, 50, 100], errno.EDQUOT),
+        ("fsync", range(30), errno.ENOSPC),
+        ("fsync", [0, 2, 5, 8], errno.EIO),
+        ("replace", range(11), errno.ENOSPC),
+        ("open", [0, 1, 2, 5, 10], errno.ENOSPC),
     ],
 )
 def test_a_disk_that_is_full_sooner_or_later(
@@ -74,7 +75,7 @@ def test_a_disk_that_is_full_sooner_or_later(
     calls: list[int],
     number: int,
 ) -> None:
-    """Whichever call fails: exit 5, one message, nothing that looks whole; with room again, the same command goes on."""
+    """Whichever call fails: exit 5, one message, nothing that looks whole; with room again the same command goes on."""
     failed = 0
     for call in calls:
         out = tmp_path / str(call)
@@ -140,7 +141,7 @@ def test_output_that_overlaps_the_source_is_refused(tmp_path: Path, inside: str)
     source = write_small(tmp_path / "a" / "b" / "source")
     before = sorted(tmp_path.rglob("*"))
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match="overlaps with the checkpoint that is read|is not empty"):
+        with pytest.raises(OutputError, match=r"overlaps with the checkpoint that is read"):
             convert(source, source / inside, "fp8", overwrite=overwrite)
     link = tmp_path / "link"
     link.symlink_to(source)

@@ -94,7 +94,7 @@ def apply(
         ) from None
     finally:
         _remove_partial_files(out)
-        if journal.finished:
+        if journal.finished or any(out.glob("*.safetensors")):
             journal.close()
         else:
             # Nothing is worth continuing, so nothing is left behind.
