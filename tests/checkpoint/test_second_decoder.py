@@ -1,7 +1,9 @@
 """The decoder of `verify`: exhaustive against ml_dtypes, by index at block edges, and independent of the converter."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import ml_dtypes
 import numpy as np
@@ -9,6 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+import v4quant
 from v4quant.checkpoint import compare, second_decoder
 from v4quant.checkpoint.second_decoder import decode_scale, decode_weight, needs_float64, spread
 
@@ -72,13 +75,34 @@ def test_each_element_has_the_scale_of_its_block(block: tuple[int, int], rows: i
         assert torch.equal(found, torch.tensor(expected))
 
 
+def imports_of(path: Path) -> Iterator[str]:
+    """Every dotted name that a module imports, at its top or inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+CONVERTER = ("v4quant.numerics", "v4quant.formats", "v4quant.checkpoint.stream", "v4quant.checkpoint.plan")
+
+
 @pytest.mark.parametrize("module", [second_decoder, compare])
-def test_shares_no_code_with_the_converter(module: object) -> None:
-    path = Path(str(vars(module)["__file__"]))
-    imported = {
-        node.module
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom)
-    }
-    converter = ("v4quant.numerics", "v4quant.formats", "v4quant.encodings", "v4quant.checkpoint.stream")
-    assert not [name for name in imported if name and name.startswith(converter)]
+def test_shares_no_code_with_the_converter(module: ModuleType) -> None:
+    """Neither do the modules that it builds on, all the way down."""
+    package = Path(v4quant.__file__).parent
+    assert module.__file__
+    left, seen = [Path(module.__file__)], set[Path]()
+    direct = set(imports_of(left[0]))
+    while left:
+        path = left.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for name in imports_of(path):
+            assert not name.startswith(CONVERTER), f"{path.name} imports {name}"
+            parts = name.split(".")
+            candidates = [package.joinpath(*parts[1:end]).with_suffix(".py") for end in (len(parts), len(parts) - 1)]
+            left += [candidate for candidate in candidates if parts[0] == "v4quant" and candidate.is_file()]
+    assert not [name for name in direct if name.startswith("v4quant.encodings")]  # its own block sizes
+    assert (package / "checkpoint" / "header.py" in seen) == (module is compare)  # the walk does walk

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.conversion import write_small
-from tests.cli.broken_inputs import CASES, CONFIGS, Case
+from tests.cli.broken_inputs import CASES, CONFIGS, EXPERT, INDEXES, NAN_BYTE, NAN_F32, TENSORS, Case, poke
+from v4quant.checkpoint import plan
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.cli.main import main
 from v4quant.config import CONFIG_NAME
@@ -93,6 +94,24 @@ def test_convert(case: Case, folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert fingerprint(folder) == before, "the source is as it was, and nothing else was left"
 
 
+IN_THE_SECOND_BAND = [
+    Case("a scale of FP4", poke(f"{EXPERT}.scale", 200 * 8 + 5, NAN_BYTE), 3, f"{EXPERT}.scale[200, 5] is"),
+    Case("a scale of FP8", poke(f"{EXPERT}.scale", 3 * 4, NAN_F32), 3, f"{EXPERT}.scale[1, 1] is", form="base"),
+    Case("a weight", poke(f"{EXPERT}.weight", 200 * 256 + 9, NAN_BYTE), 3, f"{EXPERT}.weight[200, 9] is", form="base"),
+]
+
+
+@pytest.mark.parametrize("case", IN_THE_SECOND_BAND, ids=lambda case: case.name)
+def test_coordinates_count_from_the_first_row_of_the_tensor(
+    case: Case, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever band of rows the number was found in."""
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
+    assert plan.chunk_rows((256, 256)) == 128
+    assert main(["convert", str(folder), str(tmp_path / "out"), "--to", "bf16"]) == 3
+    assert case.names in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.inspect == 0], ids=lambda case: case.name)
 def test_dry_run_trusts_headers(case: Case, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert case.exit_code == 3
@@ -101,7 +120,7 @@ def test_dry_run_trusts_headers(case: Case, folder: Path, tmp_path: Path, capsys
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", CONFIGS[:3], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CONFIGS[:3], *TENSORS[:2], *INDEXES[-3:]], ids=lambda case: case.name)
 def test_like_is_read_as_carefully(
     case: Case, folder: Path, sound: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +128,15 @@ def test_like_is_read_as_carefully(
     assert main([*command, "--json"]) == case.exit_code
     assert case.names in assert_one_clear_message(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["loop", "loop/inside"])
+def test_an_output_folder_that_is_a_link_to_itself(
+    out: str, sound: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert main(["convert", str(sound["native"]), str(tmp_path / out), "--to", "bf16", "--json"]) == 5
+    assert str(tmp_path / out) in assert_one_clear_message(capsys.readouterr().err)
 
 
 def test_the_sound_checkpoints_are_sound(sound: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ already computed. config.json and the index are written last, so an unfinished f
 
 import contextlib
 import json
+import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -134,7 +135,7 @@ def _require_apart(plan: Plan, out: Path) -> None:
     for read in (plan.source, plan.like):
         if read is None:
             continue
-        theirs, ours = Path(read.where).resolve(), out.resolve()
+        theirs, ours = (Path(os.path.realpath(path)) for path in (read.where, out))
         if theirs == ours or theirs in ours.parents or ours in theirs.parents:
             raise OutputError(
                 f"{out}: overlaps with the checkpoint that is read, {read.where}", hint="Choose a folder beside it."

@@ -151,6 +151,7 @@ def compare_weight(out: Checkpoint, source: Checkpoint, tensor: LogicalTensor, p
     unlike = ours.unlike or theirs.unlike
     if unlike:
         return Comparison(unlike=unlike)
+    progress(ours.scale_bytes, ours.entry.file)
     same_bytes = ours.has_scale_of(theirs)
     wide = ours.is_wide or theirs.is_wide
     for first, last in _bands(rows, columns):
@@ -243,6 +244,11 @@ class _Weight:
         if self._scale is None or other._scale is None:
             return True
         return torch.equal(self._scale.view(torch.int32), other._scale.view(torch.int32))
+
+    @property
+    def scale_bytes(self) -> int:
+        """Stored bytes of the scales."""
+        return self._scale_entry.bytes if self._scale_entry else 0
 
     @property
     def row_bytes(self) -> int:
