@@ -15,11 +15,15 @@ from v4quant.encodings import BF16_SCHEME, NATIVE_SCHEME, Scheme
 from v4quant.errors import UsageError
 
 CONFIG_NAME = "config.json"
+INFERENCE_CONFIG_NAME = "inference/config.json"  # of DeepSeek's own code
 # A release's config.json has under 4 KB.
 MAX_CONFIG_BYTES = 2**20
 MAX_MTP_BLOCKS = 8
 # Pro-0813 has 64 blocks of 384 experts: 24,576, the most of any release. Each is six stored tensors.
 MAX_ROUTED_EXPERTS_IN_ALL = 65_536
+
+# Columns of a matrix: memory is bounded by 128 rows of it. Pro has 65,536, the most of any release.
+MAX_WIDTH = 2**18
 
 EXPERT_DTYPES = ("fp4", "fp8", "bf16")
 COMPRESS_RATIOS = (0, 4, 128)  # sliding window only, CSA, HCA
@@ -385,6 +389,15 @@ def _require_consistent(config: V4Config, keys: _Keys) -> None:
     ):
         if keys.data[key] > keys.data[limit]:
             keys.wrong(key, f"at most {limit} = {keys.data[limit]}")
+    for keys_of_width, width in (
+        ("num_attention_heads * head_dim", config.num_attention_heads * config.head_dim),
+        ("o_groups * o_lora_rank", config.o_groups * config.o_lora_rank),
+        ("dspark_target_layer_ids * hidden_size", len(config.dspark_target_layer_ids) * config.hidden_size),
+    ):
+        if width > MAX_WIDTH:
+            raise UsageError(
+                f"{keys.where}: {keys_of_width} is {width:,}, expected at most {MAX_WIDTH:,}", hint=_HINT_RELEASE
+            )
     blocks = len(config.compress_ratios)
     if config.n_routed_experts * blocks > MAX_ROUTED_EXPERTS_IN_ALL:
         keys.wrong("n_routed_experts", f"at most {MAX_ROUTED_EXPERTS_IN_ALL // blocks:,} in each of {blocks} blocks")

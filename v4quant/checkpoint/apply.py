@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import v4quant
-from v4quant.checkpoint.certificate import CERTIFICATE_NAME, CertificateHeader, TensorRecord, Verdict
+from v4quant.checkpoint.certificate import (
+    CERTIFICATE_NAME,
+    CertificateHeader,
+    RoundingRefusedError,
+    TensorRecord,
+    Verdict,
+    worst_first,
+)
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.journal import Journal, JournalHeader, lock_journal
 from v4quant.checkpoint.layout import Shard
@@ -33,7 +40,7 @@ from v4quant.checkpoint.reader import JOURNAL_NAME
 from v4quant.checkpoint.side_files import write_side_files
 from v4quant.checkpoint.stream import StoppedError, Worker, convert_tensor
 from v4quant.config import CONFIG_NAME
-from v4quant.errors import CheckFailedError, InterruptedRunError, OutputError
+from v4quant.errors import InterruptedRunError, OutputError
 from v4quant.formats.cast import Scratch
 
 Advance = Callable[[int, str], None]
@@ -81,7 +88,7 @@ def apply(
         OutputError: if out is in use or not free, or the disk is full or refuses.
         InterruptedRunError: at Ctrl-C; what is finished is kept.
     """
-    journal = _open_journal(plan, out, overwrite=overwrite)
+    journal = _open_journal(plan, out, overwrite=overwrite, allow_rounding=allow_rounding)
     run = _Run(plan, out, journal, workers, allow_rounding=allow_rounding)
     try:
         resumed = len(journal.finished)
@@ -98,22 +105,20 @@ def apply(
         if journal.finished or any(out.glob("*.safetensors")):
             journal.close()
         else:
-            # Nothing is worth continuing, so nothing is left behind.
-            journal.remove()
-            with contextlib.suppress(OSError):
-                out.rmdir()
+            _forget(journal, out)
     return report
 
 
-def _open_journal(plan: Plan, out: Path, *, overwrite: bool) -> Journal:
+def _open_journal(plan: Plan, out: Path, *, overwrite: bool, allow_rounding: bool) -> Journal:
     """Make the output folder ready, and begin or continue its journal."""
-    _require_apart(plan, out)
-    header = JournalHeader(plan.digest, plan.source.fingerprints())
+    require_apart(plan, out)
+    header = JournalHeader(plan.digest, plan.fingerprints())
     with disk_errors(out):
         is_unfinished = (out / JOURNAL_NAME).is_file()
-    if not is_unfinished:
-        require_free(out, overwrite=overwrite)
-        make_room(out, plan.disk_bytes)
+        if not is_unfinished:
+            require_free(out, overwrite=overwrite)
+        out.mkdir(parents=True, exist_ok=True)
+    # Whatever is removed is removed under the lock, so that two runs cannot take each other's files.
     journal = lock_journal(out)
     try:
         found = journal.header()
@@ -121,17 +126,41 @@ def _open_journal(plan: Plan, out: Path, *, overwrite: bool) -> Journal:
             journal.resume(header)
             journal.finished = {s.name for s in plan.shards if s.name in journal.finished and _is_there(out, s)}
             require_disk_space(out, plan.disk_bytes - sum(s.file_bytes for s in plan.shards if _is_there(out, s)))
+            if not allow_rounding:
+                _require_exact_so_far(plan, journal)
         else:
+            require_free(out, overwrite=overwrite, keep=JOURNAL_NAME)
             make_room(out, plan.disk_bytes, keep=JOURNAL_NAME)
             journal.begin(header)
     except BaseException:
-        journal.close()
+        if is_unfinished:
+            journal.close()
+        else:
+            _forget(journal, out)
         raise
     return journal
 
 
-def _require_apart(plan: Plan, out: Path) -> None:
-    """Refuse an output folder that is, holds or lies in a folder that is read."""
+def _require_exact_so_far(plan: Plan, journal: Journal) -> None:
+    """Refuse shards that an earlier run, which was allowed to, has rounded."""
+    rounded = [record for record in journal.records() if record.verdict is Verdict.ROUNDED and _is_weight(record)]
+    if rounded:
+        raise RoundingRefusedError(f"the unfinished run in {journal.path.parent}", plan.format.name, rounded)
+
+
+def _forget(journal: Journal, out: Path) -> None:
+    """Nothing is worth continuing, so nothing is left behind."""
+    journal.remove()
+    with contextlib.suppress(OSError):
+        out.rmdir()
+
+
+def require_apart(plan: Plan, out: Path) -> None:
+    """Refuse an output folder that is, holds or lies in a folder that is read.
+
+    Raises:
+        OutputError: if it does.
+    """
     for read in (plan.source, plan.like):
         if read is None:
             continue
@@ -217,12 +246,7 @@ class _Run:
         """Refuse rounding that nobody allowed; the whole shard is measured, so that the worst tensors can be named."""
         rounded = [record for record in records if record.verdict is Verdict.ROUNDED and _is_weight(record)]
         if rounded and not self._allow_rounding:
-            worst = "\n".join(f"  {record.describe_error()}" for record in worst_first(rounded)[:_SHOWN_ROUNDED])
-            raise CheckFailedError(
-                f"{len(rounded):,} weights of {shard.name} would lose bits as {self._plan.format.name}, "
-                f"expected exact values; the worst:\n{worst}",
-                hint="Accept the loss with --allow-rounding, or choose a format that holds the values (bf16, fp8).",
-            )
+            raise RoundingRefusedError(shard.name, self._plan.format.name, rounded)
 
     def _finish(self, shard: Shard, file: ShardFile, records: list[TensorRecord]) -> None:
         file.finish()
@@ -266,11 +290,6 @@ def _is_weight(record: TensorRecord) -> bool:
     return record.tensor.endswith(".weight")
 
 
-def worst_first(records: Iterable[TensorRecord]) -> list[TensorRecord]:
-    """Sort rounded tensors by relative RMS error, largest first."""
-    return sorted(records, key=lambda record: -record.measured["rms_relative_error"])
-
-
 def _complete(plan: Plan, out: Path, journal: Journal, resumed: int) -> ApplyReport:
     """Write certificate, index and config, in this order, and forget the journal."""
     verdicts: Counter[Verdict] = Counter()
@@ -285,6 +304,11 @@ def _complete(plan: Plan, out: Path, journal: Journal, resumed: int) -> ApplyRep
             yield _line(record.to_json())
 
     write_file(out / CERTIFICATE_NAME, lines())
+    if verdicts.total() != plan.tensors:
+        raise OutputError(
+            f"{journal.path}: has lines for {verdicts.total():,} tensors, expected {plan.tensors:,}",
+            hint="The journal was edited or damaged; remove the folder and convert again.",
+        )
     _remove_partial_files(out)
     write_file(out / INDEX_NAME, [plan.index_bytes])
     write_file(out / CONFIG_NAME, [plan.config_bytes])

@@ -4,19 +4,20 @@ File `v4quant.certificate.jsonl`: a header line, then one line for each output t
 and no path, so the same conversion gives the same certificate on every machine.
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from v4quant import strict_json
 from v4quant.checkpoint.files import Files
-from v4quant.errors import CheckpointError
+from v4quant.errors import CheckFailedError, CheckpointError
 
 CERTIFICATE_NAME = "v4quant.certificate.jsonl"
 CERTIFICATE_VERSION = 1
 _MAX_LINE_BYTES = 2**20
+_SHOWN_ROUNDED = 5
 
 
 class Verdict(StrEnum):
@@ -97,6 +98,30 @@ class TensorRecord:
                 f"{where}: not a line that v4quant writes ({type(error).__name__}: {error})",
                 hint="Convert again; the certificate was edited or damaged.",
             ) from error
+
+
+def worst_first(records: Iterable[TensorRecord]) -> list[TensorRecord]:
+    """Sort rounded tensors by relative RMS error, largest first."""
+    return sorted(records, key=lambda record: -record.measured["rms_relative_error"])
+
+
+class RoundingRefusedError(CheckFailedError):
+    """A conversion would lose bits, and nobody allowed it.
+
+    Args:
+        where: what was looked at: a shard, or an unfinished run.
+        target: name of the format.
+        rounded: certificate lines of the weights that would be rounded.
+    """
+
+    def __init__(self, where: str, target: str, rounded: list[TensorRecord]) -> None:
+        self.worst = worst_first(rounded)
+        lines = "\n".join(f"  {record.describe_error()}" for record in self.worst[:_SHOWN_ROUNDED])
+        super().__init__(
+            f"{len(rounded):,} weights of {where} would lose bits as {target}, expected exact values; the worst:\n"
+            f"{lines}",
+            hint="Accept the loss with --allow-rounding, or choose a format that holds the values (bf16, fp8).",
+        )
 
 
 def _kinds_checked(line: object) -> dict[str, Any]:
@@ -186,8 +211,8 @@ def _json_lines(files: Files) -> Iterator[tuple[int, object]]:
         for text in whole:
             number += 1
             try:
-                yield number, json.loads(text)
-            except (ValueError, RecursionError) as error:
+                yield number, strict_json.parse(text)
+            except ValueError as error:
                 raise CheckpointError(
                     f"{files.where}/{CERTIFICATE_NAME} line {number}: not JSON ({error})",
                     hint="Convert again; the certificate was edited or damaged.",

@@ -86,6 +86,11 @@ class Comparison:
         if self.unlike or self.first is None:
             return self.unlike
         at = list(self.first.coordinate)
+        if math.isnan(self.max_relative):
+            return (
+                f"{self.changed:,} of {self.elements:,} values differ, first at {at}: found {self.first.found!r}, "
+                f"expected {self.first.expected!r}"
+            )
         return (
             f"{self.changed:,} of {self.elements:,} values differ, first at {at}: found {self.first.found!r}, "
             f"expected {self.first.expected!r}; relative error at most {self.max_relative:.3g}, "

@@ -61,9 +61,12 @@ class Files:
         return self._stat[name].st_size
 
     def fingerprint(self, name: str) -> str:
-        """What tells a file from a changed one without reading it: bytes and time of its last change."""
+        """What tells a file from a changed one without reading it.
+
+        Its bytes, and the times of its last change of data and of anything: the second cannot be set by hand.
+        """
         found = self._stat[name]
-        return f"{found.st_size} {found.st_mtime_ns}"
+        return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
     def path(self, name: str) -> Path:
         """Absolute path of a listed file."""
@@ -104,7 +107,7 @@ class Files:
 
     def _require_unchanged(self, where: str, name: str, found: os.stat_result) -> None:
         listed = self._stat[name]
-        for key in ("st_ino", "st_size", "st_mtime_ns"):
+        for key in ("st_ino", "st_size", "st_mtime_ns", "st_ctime_ns"):
             if getattr(found, key) != getattr(listed, key):
                 raise CheckpointError(f"{where}: has changed since this run began", hint=_HINT_CHANGED)
 

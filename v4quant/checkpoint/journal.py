@@ -54,7 +54,8 @@ class Journal:
             return None
         with contextlib.suppress(ValueError, KeyError, TypeError):
             entry: dict[str, Any] = json.loads(line)
-            return JournalHeader(entry["plan"], entry["fingerprints"])
+            if isinstance(entry["plan"], str) and isinstance(entry["fingerprints"], dict):
+                return JournalHeader(entry["plan"], entry["fingerprints"])
         raise OutputError(f"{self.path}: not a journal that v4quant writes", hint="Remove it, or the whole folder.")
 
     def begin(self, header: JournalHeader) -> None:
@@ -143,6 +144,9 @@ def lock_journal(folder: Path) -> Journal:
         file = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A run that has just ended may have removed the file that was opened here.
+        if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+            raise FileNotFoundError
     except OSError as error:
         file.close()
         raise OutputError(

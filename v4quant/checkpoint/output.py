@@ -14,7 +14,7 @@ import numpy as np
 
 from v4quant.checkpoint.direct import DirectFile
 from v4quant.checkpoint.index import INDEX_NAME
-from v4quant.config import CONFIG_NAME
+from v4quant.config import CONFIG_NAME, INFERENCE_CONFIG_NAME
 from v4quant.errors import OutputError
 
 PARTIAL_SUFFIX = ".partial"
@@ -119,8 +119,11 @@ class ShardFile:
         self._partial.unlink(missing_ok=True)
 
 
-def require_free(out: Path, *, overwrite: bool) -> None:
+def require_free(out: Path, *, overwrite: bool, keep: str = "") -> None:
     """Check that a checkpoint may be written into a folder.
+
+    Args:
+        keep: name of a file that does not count.
 
     Raises:
         OutputError: if out is no folder, or holds something and overwrite is False.
@@ -128,7 +131,7 @@ def require_free(out: Path, *, overwrite: bool) -> None:
     with disk_errors(out):
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out}: is a file, expected a folder or nothing", hint="Choose another output folder.")
-        if not overwrite and out.is_dir() and any(out.iterdir()):
+        if not overwrite and out.is_dir() and any(path.name != keep for path in out.iterdir()):
             raise OutputError(
                 f"{out}: is not empty, expected an empty folder or none",
                 hint="Choose another folder, or replace the checkpoint in it with --overwrite.",
@@ -146,9 +149,22 @@ def make_room(out: Path, needed_bytes: int, keep: str = "") -> None:
         OutputError: if the disk is too small, in which case nothing was removed, or refuses.
     """
     with disk_errors(out):
-        old = [path for name in (CONFIG_NAME, INDEX_NAME) if (path := out / name).exists()]
+        links = [path for path in out.rglob("*") if path.is_symlink() and path.is_dir()] if out.is_dir() else []
+        if links:
+            raise OutputError(
+                f"{links[0]}: is a link to a folder; what is written or removed there would be another folder's",
+                hint="Remove the link, or choose another output folder.",
+            )
+        # inference/config.json says how experts are stored, so an old one would lie about the new.
+        names = (CONFIG_NAME, INDEX_NAME, INFERENCE_CONFIG_NAME)
+        old = [path for name in names if (path := out / name).exists()]
         for pattern in ("*.safetensors", f"*{PARTIAL_SUFFIX}", "v4quant.*.jsonl"):
             old += (path for path in out.glob(pattern) if path.name != keep)
+        folders = [path for path in old if path.is_dir() and not path.is_symlink()]
+        if folders:
+            raise OutputError(
+                f"{folders[0]}: is a folder, expected a file of a checkpoint", hint="Choose another output folder."
+            )
         require_disk_space(out, needed_bytes - sum(path.lstat().st_size for path in old))
         for path in old:
             path.unlink()

@@ -16,7 +16,7 @@ from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.index import build_index
 from v4quant.checkpoint.layout import HeaderTensor, Shard, lay_out
 from v4quant.checkpoint.reader import Checkpoint
-from v4quant.checkpoint.side_files import side_files
+from v4quant.checkpoint.side_files import require_side_files_fit, side_files
 from v4quant.encodings import Encoding, Scheme
 from v4quant.errors import UsageError
 from v4quant.formats import Format
@@ -129,6 +129,13 @@ class Plan:
         # A lone surrogate, which UTF-8 has no bytes for, becomes the escape that JSON writes it as.
         return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
+    def fingerprints(self) -> dict[str, str]:
+        """What every file that is read looks like; those of the original, under --like, with its folder before them."""
+        found = self.source.fingerprints()
+        if self.like is not None:
+            found |= {f"{self.like.where}/{name}": mark for name, mark in self.like.fingerprints().items()}
+        return found
+
     @property
     def config_sha256(self) -> str:
         """Hash of the output's config.json."""
@@ -175,10 +182,10 @@ def chunk_rows(shape: tuple[int, ...]) -> int:
 
 def chunk_memory_bytes(operation: Operation) -> int:
     """Bytes of one worker's buffers for this operation."""
-    if operation.is_copy or operation.target_encoding is None or operation.source_encoding is None:
+    if operation.target_encoding is None or operation.source_encoding is None:
         return CHUNK_BYTES
     shape = operation.source_encoding.logical_shape(operation.source[0].shape)
-    return CHUNK_BUFFERS * 2 * chunk_rows(shape) * shape[1]
+    return CHUNK_BUFFERS * 2 * min(chunk_rows(shape), shape[0]) * shape[1]
 
 
 def make_plan(
@@ -201,6 +208,7 @@ def make_plan(
         UsageError: if like is in another format or has other tensors.
     """
     source.require_sound()
+    require_side_files_fit(source)
     if like is not None:
         like.require_sound()
         _require_alike(source, target, like)

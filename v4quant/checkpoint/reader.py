@@ -23,6 +23,8 @@ JOURNAL_NAME = "v4quant.journal.jsonl"  # of an unfinished conversion, see journ
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _TENSOR_PARALLEL_FILE = re.compile(r"model\d+-mp\d+\.safetensors")
 _SHOWN_PROBLEMS = 10
+# Pro-0813 has 149,782, the most of any release.
+MAX_TENSORS = 400_000
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,8 @@ class _Headers:
             file, _, what = str(error).partition(": ")
             self.problems.append(Problem(file, what))
             return
+        if len(self.tensors) + len(entries) > MAX_TENSORS:
+            raise CheckpointError(f"{files.where}: holds more than {MAX_TENSORS:,} tensors, expected a V4 checkpoint")
         self.sha256[name] = hashlib.sha256(text).hexdigest()
         for entry in entries.values():
             first = self.tensors.setdefault(entry.name, entry)

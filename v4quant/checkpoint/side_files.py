@@ -14,11 +14,10 @@ from v4quant.checkpoint.certificate import CERTIFICATE_NAME
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.output import write_file
 from v4quant.checkpoint.reader import JOURNAL_NAME, PICKLE_SUFFIXES, Checkpoint
-from v4quant.config import CONFIG_NAME, MAX_CONFIG_BYTES
+from v4quant.config import CONFIG_NAME, INFERENCE_CONFIG_NAME, MAX_CONFIG_BYTES
 from v4quant.errors import CheckpointError
 from v4quant.formats import Format
 
-INFERENCE_CONFIG_NAME = "inference/config.json"
 # Made anew for every output.
 _OWN_FILES = {CONFIG_NAME, INDEX_NAME, CERTIFICATE_NAME, JOURNAL_NAME}
 _WEIGHT_SUFFIXES = {".safetensors", ".partial", ".gguf", ".h5", ".msgpack", *PICKLE_SUFFIXES}
@@ -27,11 +26,32 @@ _COPY_BYTES = 4 * 2**20
 
 def side_files(source: Checkpoint) -> list[str]:
     """Names of the files that travel with a conversion, sorted."""
-    return [
-        name
-        for name in source.files.names()
-        if name not in _OWN_FILES and PurePosixPath(name).suffix not in _WEIGHT_SUFFIXES
-    ]
+    return [name for name in source.files.names() if name not in _OWN_FILES and not _holds_weights(name)]
+
+
+def files_left_behind(source: Checkpoint) -> list[str]:
+    """Names of the files that do not travel and are no part of the checkpoint: weights in other containers."""
+    return [name for name in source.files.names() if _holds_weights(name) and name not in source.header_sha256]
+
+
+def _holds_weights(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in _WEIGHT_SUFFIXES
+
+
+def require_side_files_fit(source: Checkpoint) -> None:
+    """Find out before hours of work what would stop the last step of a conversion.
+
+    Raises:
+        CheckpointError: if inference/config.json is no JSON object, or a folder has the name of a file that is written.
+    """
+    if INFERENCE_CONFIG_NAME in source.files:
+        _read_inference_config(source)
+    for name in side_files(source):
+        first, slash, _ = name.partition("/")
+        if slash and (first in _OWN_FILES or _holds_weights(first)):
+            raise CheckpointError(
+                f"{source.where}/{first}: is a folder, expected a file or nothing of this name", hint="Rename it."
+            )
 
 
 def write_side_files(source: Checkpoint, like: Checkpoint | None, target: Format, names: list[str], out: Path) -> None:

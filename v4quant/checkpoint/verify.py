@@ -139,6 +139,29 @@ def verify_values(
     return report
 
 
+def verify_against(
+    out: Checkpoint, source: Checkpoint, *, workers: int = DEFAULT_WORKERS, progress: Advance = _ignore
+) -> VerifyReport:
+    """Compare every value with the source and, where there is a certificate, every byte with it.
+
+    The certificate is what allows rounded tensors to differ, so it must fit the bytes itself.
+
+    Args, Raises: as verify_values.
+    """
+    report = verify_values(out, source, workers=workers, progress=progress)
+    if CERTIFICATE_NAME in out.files:
+        named = {_module(mismatch.tensor) for mismatch in report.mismatches}
+        hashes = verify_hashes(out, workers=workers, progress=progress)
+        report.mismatches += [mismatch for mismatch in hashes.mismatches if _module(mismatch.tensor) not in named]
+    return report
+
+
+def _module(tensor: str) -> str:
+    """What a weight and its scale have in common: a damaged scale is named by its weight's wrong values."""
+    module, dot, leaf = tensor.rpartition(".")
+    return module if dot and leaf in ("weight", "scale") else tensor
+
+
 def _structural(out: Checkpoint) -> list[Mismatch]:
     """What headers and index already show to be wrong."""
     return [Mismatch(problem.where, problem.what) for problem in out.problems]

@@ -47,5 +47,6 @@ def decimal_bytes(count: int) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """Write "1 tensor", "2 tensors", "69,187 tensors"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    """Write "1 tensor", "2 tensors", "3 mismatches"."""
+    ending = "" if count == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{count:,} {noun}{ending}"

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from v4quant.checkpoint.apply import ApplyReport
     from v4quant.checkpoint.plan import Operation, Plan
 
-_SHOWN_RISKS = 5
-
 
 def convert(
     src: Source,
@@ -46,8 +44,10 @@ def convert(
     """
     # The engine loads numpy and numba, which `v4quant --help` need not wait for.
     from v4quant.checkpoint.apply import apply
+    from v4quant.checkpoint.certificate import RoundingRefusedError
     from v4quant.checkpoint.plan import make_plan
     from v4quant.checkpoint.reader import open_checkpoint
+    from v4quant.checkpoint.side_files import files_left_behind
     from v4quant.formats import format_named
 
     output = Output(json_mode)
@@ -66,23 +66,34 @@ def convert(
             _print_plan(output, plan)
             return stack.enter_context(byte_progress(plan.bytes_read, "convert", done))
 
-        report = apply(
-            plan,
-            out,
-            workers=max_workers,
-            allow_rounding=allow_rounding,
-            overwrite=overwrite,
-            progress=begin,
-        )
+        try:
+            report = apply(
+                plan,
+                out,
+                workers=max_workers,
+                allow_rounding=allow_rounding,
+                overwrite=overwrite,
+                progress=begin,
+            )
+        except RoundingRefusedError as refusal:
+            output.result(_plan_json(plan) | {"would_round": [record.to_json() for record in refusal.worst]})
+            raise
     _report(output, plan, report, time.monotonic() - start)
+    for name in files_left_behind(plan.source):
+        output.note(f"not copied, as it may hold weights in another form: {name}")
     output.note(f"next: v4quant verify {out} --against {src}")
 
 
 def _report_plan(output: Output, plan: "Plan", out: Path, workers: int, *, overwrite: bool) -> None:
     """What --dry-run says."""
-    from v4quant.checkpoint.output import free_bytes, require_free
+    from v4quant.checkpoint.apply import require_apart
+    from v4quant.checkpoint.output import disk_errors, free_bytes, require_free
+    from v4quant.checkpoint.reader import JOURNAL_NAME
 
-    if not (out / "v4quant.journal.jsonl").exists():
+    require_apart(plan, out)
+    with disk_errors(out):
+        is_unfinished = (out / JOURNAL_NAME).exists()
+    if not is_unfinished:
         require_free(out, overwrite=overwrite)
     free, peak = free_bytes(out), plan.peak_memory_bytes(workers)
     risky = [operation for operation in plan if operation.risk]
@@ -94,7 +105,7 @@ def _report_plan(output: Output, plan: "Plan", out: Path, workers: int, *, overw
         for risk, count in Counter(operation.risk for operation in risky).items():
             output.line(f"  {plural(count, 'weight')} {risk}, such as {_first_with(risky, risk)}")
     else:
-        output.line("may round: nothing")
+        output.line("may round: nothing, but at the very edge of BF16's range, which is checked")
     output.result(
         _plan_json(plan)
         | {

@@ -14,6 +14,7 @@ from v4quant.errors import CheckFailedError
 if TYPE_CHECKING:
     from v4quant.checkpoint.verify import VerifyReport
 
+_MARKER = "v4quant.demo"
 _FOLDERS = ("native", "fp8", "bf16", "native-again", "damaged")
 
 
@@ -30,13 +31,8 @@ def demo(
     v4quant demo
     v4quant demo /tmp/demo --overwrite
     """
-    from v4quant.checkpoint.output import require_free
-
     output = Output(json_mode)
-    require_free(out, overwrite=overwrite)
-    for name in _FOLDERS:
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
+    _clear(out, overwrite=overwrite)
     run = _Demo(out, output)
     run.synth()
     run.inspect()
@@ -49,6 +45,25 @@ def demo(
         raise CheckFailedError(f"{out}: a step failed", hint="This is a defect of v4quant; please report it.")
     output.line(f"proved: {', '.join(step['proved'] for step in run.steps if step['proved'])}")
     output.note(f"next: v4quant inspect {out / 'fp8'}")
+
+
+def _clear(out: Path, *, overwrite: bool) -> None:
+    """Make the folder; of an earlier demo, and of nothing else, remove what it wrote.
+
+    Raises:
+        OutputError: if the folder holds something that no demo wrote, or overwrite is False.
+    """
+    from v4quant.checkpoint.output import disk_errors, require_free
+
+    with disk_errors(out):
+        is_demo = (out / _MARKER).is_file()
+    require_free(out, overwrite=overwrite and is_demo)
+    with disk_errors(out):
+        for name in _FOLDERS:
+            if (out / name).is_dir() and not (out / name).is_symlink():
+                shutil.rmtree(out / name)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _MARKER).write_text("Written by v4quant demo; --overwrite removes the folders beside this file.\n")
 
 
 class _Demo:

@@ -3,6 +3,7 @@
 Commands import what they need when they run, so that `v4quant --help` is instant.
 """
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -12,11 +13,11 @@ import typer
 import v4quant
 from v4quant.cli import convert, demo, inspect_, synth, verify
 from v4quant.cli._output import escaped
-from v4quant.errors import InterruptedRunError, V4QuantError
+from v4quant.errors import InterruptedRunError, OutputError, V4QuantError
 
 app = typer.Typer(
     name="v4quant",
-    help="Convert, prove and publish DeepSeek-V4 checkpoints.",
+    help="Convert DeepSeek-V4 checkpoints and prove the result.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -38,13 +39,16 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Convert, prove and publish DeepSeek-V4 checkpoints."""
+    """Convert DeepSeek-V4 checkpoints and prove the result."""
 
 
 def main(argv: list[str]) -> int:
     """Run one command line and return its exit code (DESIGN: 0, 1, 2, 3, 4, 5 or 130)."""
     try:
-        app(args=argv, prog_name="v4quant")
+        try:
+            app(args=argv, prog_name="v4quant")
+        finally:
+            sys.stdout.flush()
     except SystemExit as exit_:
         if exit_.code == InterruptedRunError.exit_code:  # typer's answer to Ctrl-C, without a word
             _report(InterruptedRunError("interrupted"))
@@ -54,6 +58,11 @@ def main(argv: list[str]) -> int:
             raise
         _report(error)
         return error.exit_code
+    except OSError as error:  # the library turns its own into errors with a place and a hint
+        if os.environ.get("V4QUANT_DEBUG") == "1":
+            raise
+        _report(OutputError(f"cannot write the result: {error.strerror or error}"))
+        return OutputError.exit_code
     except KeyboardInterrupt:
         _report(InterruptedRunError("interrupted"))
         return InterruptedRunError.exit_code
@@ -68,4 +77,7 @@ def _report(error: V4QuantError) -> None:
 
 def run() -> None:
     """Entry point of the installed command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without our characters is no reason to fail
     sys.exit(main(sys.argv[1:]))

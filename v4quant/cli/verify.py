@@ -20,7 +20,8 @@ _SHOWN_MISMATCHES = 10
 def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint folder to verify.", show_default=False)],
     against: Annotated[
-        Path | None, typer.Option(metavar="SRC", help="Compare every value with this checkpoint, too.")
+        Path | None,
+        typer.Option(metavar="SRC", help="Compare every value with this checkpoint; OUT may lack a certificate then."),
     ] = None,
     max_workers: MaxWorkers = 4,
     json_mode: JsonMode = False,
@@ -32,19 +33,20 @@ def verify(
     v4quant verify flash-fp8 --against DeepSeek-V4-Flash
     """
     # These load torch, which `v4quant --help` need not wait for.
-    from v4quant.checkpoint.certificate import verdict_counts
+    from v4quant.checkpoint.certificate import CERTIFICATE_NAME, verdict_counts
     from v4quant.checkpoint.reader import open_checkpoint
-    from v4quant.checkpoint.verify import verify_hashes, verify_values
+    from v4quant.checkpoint.verify import verify_against, verify_hashes
 
     output = Output(json_mode)
     checkpoint = open_checkpoint(out)
     source = open_checkpoint(against) if against else None
     start = time.monotonic()
-    with byte_progress(checkpoint.bytes, "verify") as advance:
+    passes = 2 if source and CERTIFICATE_NAME in checkpoint.files else 1
+    with byte_progress(passes * checkpoint.bytes, "verify") as advance:
         if source is None:
             report = verify_hashes(checkpoint, workers=max_workers, progress=advance)
         else:
-            report = verify_values(checkpoint, source, workers=max_workers, progress=advance)
+            report = verify_against(checkpoint, source, workers=max_workers, progress=advance)
     output.result(
         {
             "ok": report.ok,

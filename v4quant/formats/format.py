@@ -48,7 +48,10 @@ class Format:
         else:
             stored = config.get("quantization_config") or self.quantization_config
             # transformers moves expert_dtype in here; the top-level key is the one that this format sets.
-            config["quantization_config"] = {key: value for key, value in stored.items() if key != "expert_dtype"}
+            kept = {key: value for key, value in stored.items() if key != "expert_dtype"}
+            if self.scheme.dense.scale_dtype == "F8_E8M0" and "scale_fmt" in kept:
+                kept["scale_fmt"] = FP8_QUANTIZATION_CONFIG["scale_fmt"]
+            config["quantization_config"] = kept
         return config
 
     def inference_config(self, source: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,14 +70,6 @@ class RoundingMeter:
         self._error_energy += error_energy
         self._signal_energy += signal_energy
 
-    def merge(self, other: "RoundingMeter") -> None:
-        """Add what another meter saw."""
-        self._elements += other._elements
-        self._changed += other._changed
-        self._max_relative = max(self._max_relative, other._max_relative)
-        self._error_energy += other._error_energy
-        self._signal_energy += other._signal_energy
-
     def result(self) -> RoundingError:
         """The error of everything added so far."""
         if self._error_energy == 0:
