@@ -9,7 +9,7 @@ import typer
 
 from v4quant.cli._options import JsonMode
 from v4quant.cli._output import Output, decimal_bytes, plural
-from v4quant.errors import CheckFailedError
+from v4quant.errors import CheckFailedError, OutputError
 
 if TYPE_CHECKING:
     from v4quant.checkpoint.verify import VerifyReport
@@ -57,7 +57,13 @@ def _clear(out: Path, *, overwrite: bool) -> None:
 
     with disk_errors(out):
         is_demo = (out / _MARKER).is_file()
-    require_free(out, overwrite=overwrite and is_demo)
+        is_used = out.is_dir() and any(out.iterdir())
+    if overwrite and is_used and not is_demo:
+        raise OutputError(
+            f"{out}: holds what no demo wrote, expected an earlier demo, an empty folder or none",
+            hint="Choose another folder for the demo.",
+        )
+    require_free(out, overwrite=overwrite)
     with disk_errors(out):
         for name in _FOLDERS:
             if (out / name).is_dir() and not (out / name).is_symlink():
