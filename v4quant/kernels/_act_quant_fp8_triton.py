@@ -1,0 +1,53 @@
+"""Triton body of act_quant_fp8: one program for a tile of rows and one block of columns."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from v4quant.kernels._offline import CompileCase
+from v4quant.kernels._rounding_triton import e4m3_byte, e8m0_byte, from_bf16_bits, power_of_two
+
+ROWS = 16
+_ODD = frozenset({"M"})
+
+
+@triton.jit
+def _act_quant_fp8_kernel(x_ptr, code_ptr, scale_ptr, M, K, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    block = tl.program_id(1).to(tl.int64)
+    offset = row[:, None] * K + block * BLOCK + tl.arange(0, BLOCK)  # [ROWS, BLOCK]
+    mask = row < M
+    x = from_bf16_bits(tl.load(x_ptr + offset, mask=mask[:, None], other=0))
+    amax = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-4)  # [ROWS]
+    byte = e8m0_byte(amax, 1 / 448)
+    code = e4m3_byte(x / power_of_two(byte)[:, None])
+    tl.store(code_ptr + offset, code, mask=mask[:, None])
+    tl.store(scale_ptr + row * (K // BLOCK) + block, byte.to(tl.uint8), mask=mask)
+
+
+def grid(rows: int, columns: int, block: int) -> tuple[int, int]:
+    """Programs for x [rows, columns]."""
+    return (triton.cdiv(rows, ROWS), columns // block)
+
+
+def launch(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the kernel; arguments are checked."""
+    rows, columns = x.shape
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=x.device)
+    scale_e8m0 = torch.empty(rows, columns // block, dtype=torch.uint8, device=x.device)
+    if rows:
+        kernel: Any = _act_quant_fp8_kernel[grid(rows, columns, block)]
+        kernel(x.view(torch.uint16), codes, scale_e8m0, rows, columns, ROWS=ROWS, BLOCK=block)
+    return codes.view(torch.float8_e4m3fn), scale_e8m0
+
+
+_SIGNATURE = {
+    **{"x_ptr": "*u16", "code_ptr": "*u8", "scale_ptr": "*u8", "M": "i32", "K": "i32"},
+    **{"ROWS": "constexpr", "BLOCK": "constexpr"},
+}
+COMPILE_CASES = [
+    CompileCase(f"act_quant_fp8 {block}", _act_quant_fp8_kernel, _SIGNATURE, {"ROWS": ROWS, "BLOCK": block}, _ODD)
+    for block in (64, 128)
+]
