@@ -50,7 +50,11 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "hc_mult": (1, 64),
     "sliding_window": (1, 2**24),
     "num_nextn_predict_layers": (0, MAX_MTP_BLOCKS),
+    "hc_sinkhorn_iters": (1, 1000),
+    "max_position_embeddings": (1, 2**30),
 }
+# Positive numbers of the arithmetic.
+_NUMBERS = ("swiglu_limit", "routed_scaling_factor", "rms_norm_eps", "hc_eps", "rope_theta", "compress_rope_theta")
 _HINT_RELEASE = "Use the config.json of the release that these weights came from, unchanged."
 _HINT_SUPPORTED = "v4quant converts DeepSeek-V4 Flash and Pro, their Base models, Flash-0731 and Pro-0813."
 
@@ -69,6 +73,16 @@ class QuantizationConfig:
     weight_block_size: tuple[int, int]
     scale_fmt: str | None
     activation_scheme: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """The `rope_scaling` object: YaRN, on layers with a compressor only."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +118,15 @@ class V4Config:
     sliding_window: int
     num_nextn_predict_layers: int
     n_shared_experts: int
+    hc_sinkhorn_iters: int
+    max_position_embeddings: int
     swiglu_limit: float
     routed_scaling_factor: float
+    rms_norm_eps: float
+    hc_eps: float
+    rope_theta: float
+    compress_rope_theta: float
+    rope_scaling: RopeScaling
     compress_ratios: tuple[int, ...]
     expert_dtype: str | None
     quantization_config: QuantizationConfig | None
@@ -162,8 +183,8 @@ class V4Config:
         config = cls(
             **integers,
             n_shared_experts=keys.integer("n_shared_experts", 1, 1),
-            swiglu_limit=keys.number("swiglu_limit"),
-            routed_scaling_factor=keys.number("routed_scaling_factor"),
+            **{key: keys.number(key) for key in _NUMBERS},
+            rope_scaling=_rope_scaling(keys),
             compress_ratios=_compress_ratios(keys, integers["num_hidden_layers"]),
             expert_dtype=_expert_dtype(keys, quantized=quantization_config is not None),
             quantization_config=quantization_config,
@@ -319,6 +340,19 @@ def _quantization_config(keys: _Keys) -> QuantizationConfig | None:
         weight_block_size=(128, 128),
         scale_fmt=inner.choice("scale_fmt", ("ue8m0", "float")),
         activation_scheme=inner.choice("activation_scheme", ("dynamic",)),
+    )
+
+
+def _rope_scaling(keys: _Keys) -> RopeScaling:
+    inner = _Keys(keys.get("rope_scaling"), keys.where, "rope_scaling.")
+    kind = inner.get("type") or inner.get("rope_type")
+    if kind != "yarn":
+        inner.wrong("type", "'yarn'")
+    return RopeScaling(
+        factor=inner.number("factor"),
+        original_max_position_embeddings=inner.integer("original_max_position_embeddings", 1, 2**30),
+        beta_fast=inner.number("beta_fast"),
+        beta_slow=inner.number("beta_slow"),
     )
 
 

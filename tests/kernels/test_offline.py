@@ -26,7 +26,24 @@ for case in module.COMPILE_CASES:
     assert found.widest_load_bits == 128, (case.name, found)
     print(case.name, found)
 """
-MODULES = ["_act_quant_fp8_triton"]
+MODULES = [
+    "_act_quant_fp4_triton",
+    "_act_quant_fp8_triton",
+    "_compress_kv_triton",
+    "_dequantize_triton",
+    "_fp4_expert_gemm_triton",
+    "_fp8_gemm_triton",
+    "_hadamard_triton",
+    "_hyper_mix_triton",
+    "_indexer_key_cache_triton",
+    "_indexer_scores_triton",
+    "_kv_cache_triton",
+    "_rms_norm_triton",
+    "_rope_triton",
+    "_route_triton",
+    "_sparse_attention_triton",
+    "_top_k_triton",
+]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

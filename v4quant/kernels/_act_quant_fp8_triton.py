@@ -22,7 +22,7 @@ def _act_quant_fp8_kernel(x_ptr, code_ptr, scale_ptr, M, K, ROWS: tl.constexpr, 
     x = from_bf16_bits(tl.load(x_ptr + offset, mask=mask[:, None], other=0))
     amax = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-4)  # [ROWS]
     byte = e8m0_byte(amax, 1 / 448)
-    code = e4m3_byte(x / power_of_two(byte)[:, None])
+    code = e4m3_byte(x * power_of_two(254 - byte)[:, None])  # 1 / scale, exact; a division would not be
     tl.store(code_ptr + offset, code, mask=mask[:, None])
     tl.store(scale_ptr + row * (K // BLOCK) + block, byte.to(tl.uint8), mask=mask)
 

@@ -67,7 +67,7 @@ class Resources:
         shared_bytes: of a block.
         tensor_memory_columns: of sm_100's tensor memory.
         mma: "tcgen05", "wgmma", "mma" or "".
-        widest_load_bits: of one thread's global loads.
+        widest_load_bits: of one thread's global loads, or copies from global to shared memory.
     """
 
     registers: int
@@ -104,16 +104,24 @@ def compile_offline(case: CompileCase, target: str) -> Resources:
         compiled.metadata.shared,
         getattr(compiled.metadata, "tmem_size", 0) or 0,
         next((kind for kind, text in _MMA.items() if text in ptx), ""),
-        max((_load_bits(match) for match in re.finditer(_LOAD, ptx)), default=0),
+        _widest_load_bits(ptx),
         ptx,
     )
 
 
 _LOAD = r"ld\.global\.(?:[a-z0-9_:]+\.)*?(?:v(\d)\.)?[bfus](\d+)"
+# Pipelined loops copy straight to shared memory: "cp.async.cg.shared.global [...], [...], 0x10", in bytes.
+_COPY = r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x([0-9a-f]+)"
+
+# Whole tiles by the copy engine, which reads no less than 16 bytes at a time.
+_BULK_COPY = "cp.async.bulk.tensor"
 
 
-def _load_bits(match: re.Match[str]) -> int:
-    return int(match[1] or 1) * int(match[2])
+def _widest_load_bits(ptx: str) -> int:
+    loads = [int(match[1] or 1) * int(match[2]) for match in re.finditer(_LOAD, ptx)]
+    copies = [8 * int(match[1], 16) for match in re.finditer(_COPY, ptx)]
+    bulk = [128] if _BULK_COPY in ptx else []
+    return max(loads + copies + bulk, default=0)
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

@@ -1,0 +1,115 @@
+"""Triton body of fp8_gemm: one program for a tile of weight rows and tokens, transposed (see _gemm_launch.py)."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from v4quant.kernels._gemm_launch import GemmLaunch, fp8_gemm_launch
+from v4quant.kernels._gemm_triton import add_fp8_product, load_activations
+from v4quant.kernels._offline import TARGETS, CompileCase
+from v4quant.kernels._rounding_triton import bf16_bits
+from v4quant.kernels._target import target_of
+
+# Tiles of tokens that are worked on side by side with the same weights, so that these are read from L2 and not again.
+_GROUP = 8
+
+
+@triton.jit
+def _fp8_gemm_kernel(
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PATH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tl.static_assert(128 % BLOCK_N == 0, "a tile lies in one block of weight scales")
+    tiles = tl.cdiv(M, BLOCK_M)
+    number = tl.program_id(0)
+    group = number // (GROUP * tl.cdiv(N, BLOCK_N)) * GROUP  # its first tile of tokens
+    members = tl.minimum(tiles - group, GROUP)
+    inside = number - group * tl.cdiv(N, BLOCK_N)
+    token = (group + inside % members).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    first = inside // members * BLOCK_N
+    column = first.to(tl.int64) + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    # Rows beyond the end read the last one again: cheaper than masks in the loop, and what comes of it is not stored.
+    readable, row = tl.minimum(token, M - 1), tl.minimum(column, N - 1)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x, scale = load_activations(x_ptr, x_scale_ptr, readable, k, K, BLOCK_M, BLOCK_K, PATH, tl.float32)
+        w_scale = w_scale_ptr + (first // 128) * (K // 128) + k // 128
+        acc = add_fp8_product(acc, w_ptr, w_scale, row, k, K, x, scale, BLOCK_K, PATH)
+    mask = (token < M)[None, :] & (column < N)[:, None]
+    tl.store(out_ptr + token[None, :] * N + column[:, None], bf16_bits(acc), mask=mask)
+
+
+def constants(choice: GemmLaunch) -> dict[str, Any]:
+    """Compile-time arguments."""
+    return {
+        "BLOCK_M": choice.block_tokens,
+        "BLOCK_N": choice.block_columns,
+        "BLOCK_K": choice.block_k,
+        "PATH": choice.path,
+        "GROUP": _GROUP,
+    }
+
+
+def launch(
+    codes: torch.Tensor,
+    scale_e8m0: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    choice: GemmLaunch | None = None,
+) -> torch.Tensor:
+    """Run the kernel; arguments are checked.
+
+    Args:
+        choice: tiles, instead of those of fp8_gemm_launch.
+    """
+    (tokens, depth), columns = codes.shape, weight.shape[0]
+    out = torch.empty(tokens, columns, dtype=torch.bfloat16, device=codes.device)
+    if out.numel() == 0:
+        return out
+    choice = choice or fp8_gemm_launch(tokens, columns, target_of(codes.device))
+    grid = triton.cdiv(tokens, choice.block_tokens) * triton.cdiv(columns, choice.block_columns)
+    kernel: Any = _fp8_gemm_kernel[(grid,)]
+    kernel(
+        *(codes.view(torch.uint8), scale_e8m0, weight.view(torch.uint8), weight_scale, out.view(torch.uint16)),
+        *(tokens, columns, depth),
+        **constants(choice),
+        num_warps=choice.num_warps,
+        num_stages=choice.num_stages,
+    )
+    return out
+
+
+_SIGNATURE = (
+    dict.fromkeys(["x_ptr", "x_scale_ptr", "w_ptr", "w_scale_ptr"], "*u8")
+    | {"out_ptr": "*u16"}
+    | dict.fromkeys(["M", "N", "K"], "i32")
+    | dict.fromkeys(["BLOCK_M", "BLOCK_N", "BLOCK_K", "PATH", "GROUP"], "constexpr")
+)
+# Tokens and columns; K is no compile-time constant. Scales are E8M0, or float32 in Base releases.
+_SIZES = {
+    "Flash wkv, 1 token": (1, 512, "*u8"),
+    "Flash wq_b, 64 tokens": (64, 32768, "*u8"),
+    "Pro wq_b, 8,192 tokens": (8192, 65536, "*u8"),
+    "Pro-Base wo_b, 8,192 tokens": (8192, 7168, "*fp32"),
+}
+
+
+def _case(name: str, target: str) -> CompileCase:
+    tokens, columns, scale = _SIZES[name]
+    choice = fp8_gemm_launch(tokens, columns, target)
+    return CompileCase(
+        f"fp8_gemm {choice.path} {name}",
+        _fp8_gemm_kernel,
+        _SIGNATURE | {"w_scale_ptr": scale},
+        constants(choice),
+        frozenset({"M"}),
+        choice.num_warps,
+        choice.num_stages,
+        needs_mma=True,
+        targets=(target,),
+    )
+
+
+COMPILE_CASES = [_case(name, target) for target in TARGETS for name in _SIZES]
