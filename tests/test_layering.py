@@ -15,8 +15,10 @@ PACKAGE = Path(v4quant.__file__).parent
 COMMON = {"errors", "dtypes", "encodings", "strict_json", "config", "names", "inventory"}
 # Room -> rooms it may import besides itself and the common modules.
 ARROWS = {
-    "cli": {"testing", "checkpoint", "formats"},
-    "testing": {"checkpoint", "formats", "numerics"},
+    "cli": {"testing", "model", "checkpoint", "formats"},
+    "testing": {"kernels", "checkpoint", "formats", "numerics"},
+    "model": {"kernels", "checkpoint"},
+    "kernels": {"numerics"},
     "checkpoint": {"formats", "numerics"},
     "formats": {"numerics"},
     "numerics": set(),
@@ -36,7 +38,8 @@ THIRD_PARTIES = {
     "llvmlite": {"numerics"},
     "numba": {"numerics"},
     "numpy": {"numerics", "formats", "checkpoint", "testing"},
-    "torch": {"checkpoint"},
+    "torch": {"checkpoint", "kernels", "model", "testing"},
+    "triton": {"kernels"},
 }
 # These run in `inspect` and `--help`, which must start at once.
 LIGHT_MODULES = [

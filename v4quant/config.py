@@ -178,12 +178,13 @@ class V4Config:
         keys = _Keys(data, where)
         _require_v4_text_model(keys)
         integers = {key: keys.integer(key, *bounds) for key, bounds in _INTEGERS.items()}
+        numbers: dict[str, Any] = {key: keys.number(key) for key in _NUMBERS}
         quantization_config = _quantization_config(keys)
         markov_rank, target_layer_ids = _dspark(keys, integers["num_hidden_layers"])
         config = cls(
             **integers,
             n_shared_experts=keys.integer("n_shared_experts", 1, 1),
-            **{key: keys.number(key) for key in _NUMBERS},
+            **numbers,
             rope_scaling=_rope_scaling(keys),
             compress_ratios=_compress_ratios(keys, integers["num_hidden_layers"]),
             expert_dtype=_expert_dtype(keys, quantized=quantization_config is not None),

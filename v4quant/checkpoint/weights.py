@@ -1,7 +1,7 @@
 """Read tensors of a checkpoint as torch tensors; matrices decoded to BF16, whatever they are stored as.
 
-Every E4M3 x 2^k and E2M1 x 2^k of a V4 weight is a BF16 number, so decoding is exact; where it is not (F32 scales that are
-no powers of two), that is an error and no rounding behind the user's back.
+Every E4M3 x 2^k and E2M1 x 2^k of a V4 weight is a BF16 number, so decoding is exact; where it is not (F32 scales
+that are no powers of two), that is an error and no rounding behind the user's back.
 """
 
 import torch

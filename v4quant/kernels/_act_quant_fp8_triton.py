@@ -44,8 +44,13 @@ def launch(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 _SIGNATURE = {
-    **{"x_ptr": "*u16", "code_ptr": "*u8", "scale_ptr": "*u8", "M": "i32", "K": "i32"},
-    **{"ROWS": "constexpr", "BLOCK": "constexpr"},
+    "x_ptr": "*u16",
+    "code_ptr": "*u8",
+    "scale_ptr": "*u8",
+    "M": "i32",
+    "K": "i32",
+    "ROWS": "constexpr",
+    "BLOCK": "constexpr",
 }
 COMPILE_CASES = [
     CompileCase(f"act_quant_fp8 {block}", _act_quant_fp8_kernel, _SIGNATURE, {"ROWS": ROWS, "BLOCK": block}, _ODD)

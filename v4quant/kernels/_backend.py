@@ -35,7 +35,9 @@ def require(name: str, x: torch.Tensor, dtype: torch.dtype, shape: Sequence[int 
     """
     if x.dtype != dtype:
         raise TypeError(f"{name} is {x.dtype}, expected {dtype}")
-    if len(x.shape) != len(shape) or any(want is not None and want != have for want, have in zip(shape, x.shape)):
+    if len(x.shape) != len(shape) or any(
+        want is not None and want != have for want, have in zip(shape, x.shape, strict=True)
+    ):
         wanted = [size if size is not None else "any" for size in shape]
         raise ValueError(f"{name} has shape {list(x.shape)}, expected {wanted}")
     if not x.is_contiguous():

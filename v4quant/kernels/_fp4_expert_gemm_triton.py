@@ -178,7 +178,7 @@ def launch(
     y = torch.empty(order.rows, hidden, dtype=torch.uint16, device=device)
     tiles = tile_bound(order.rows, experts, choice.block_tokens)
     options = constants(choice, experts, fp4, target == "interpreter")
-    options |= {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
+    options |= {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "enable_fp_fusion": False}
     kernel: Any = _gate_up_kernel[(width // choice.block_columns, tiles)]
     kernel(
         *(codes.view(torch.uint8), scale_e8m0, order.token, order.weight, order.offset),
@@ -188,7 +188,7 @@ def launch(
     kernel = _down_kernel[(hidden // choice.block_columns, tiles)]
     kernel(h, h_scale, order.offset, w2, w2_scale, y, experts, width, hidden, **options)
     kernel = _sum_kernel[(tokens, triton.cdiv(hidden, _SUM_BLOCK))]
-    kernel(y, order.row, out, hidden, SLOTS=order.row.shape[1], BLOCK=_SUM_BLOCK)
+    kernel(y, order.row, out, hidden, SLOTS=order.row.shape[1], BLOCK=_SUM_BLOCK, enable_fp_fusion=False)
     return out
 
 

@@ -77,6 +77,7 @@ def launch(
         **constants(choice),
         num_warps=choice.num_warps,
         num_stages=choice.num_stages,
+        enable_fp_fusion=False,
     )
     return out
 

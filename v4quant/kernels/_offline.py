@@ -91,9 +91,7 @@ def compile_offline(case: CompileCase, target: str) -> Resources:
         for number, (name, kind) in enumerate(case.signature.items())
         if kind != "constexpr" and name not in case.odd
     }
-    source = ASTSource(
-        fn=case.kernel, signature=dict(case.signature), constexprs=dict(case.constexprs), attrs=attrs
-    )
+    source = ASTSource(fn=case.kernel, signature=dict(case.signature), constexprs=dict(case.constexprs), attrs=attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     ptx = compiled.asm["ptx"]

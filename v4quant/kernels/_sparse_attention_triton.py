@@ -193,7 +193,6 @@ COMPILE_CASES = [
     for target in ("sm_80", "sm_90", "sm_100")
     for name, first, second in (
         ("sparse_attention dense", None, None),
-        ("sparse_attention pages, CSA", kv_layout(256), kv_layout(64)),
-        ("sparse_attention pages, HCA", kv_layout(256), kv_layout(2)),
+        ("sparse_attention pages", kv_layout(256), kv_layout(2)),
     )
 ]

@@ -78,3 +78,11 @@ def test_extreme_sinks(sink: float) -> None:
 def test_choose() -> None:
     assert choose("sm_80") == choose("sm_90") == choose("sm_100") == Launch(heads=16, keys=64, num_warps=8)
     assert choose("sm_89") == choose("sm_120") == Launch(heads=16, keys=32, num_warps=8)
+
+
+def test_two_dense_lists() -> None:
+    q, sink = queries(4, 4, 128)
+    lists = [
+        Picked(entries(size, 128, torch.arange(0)), indices(4, picks, size)) for size, picks in ((9, 128), (70, 33))
+    ]
+    assert_bf16_close(sparse_attention(q, sink, *lists), sparse_attention_torch(q, sink, *lists), SHARE)
