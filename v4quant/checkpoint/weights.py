@@ -1,9 +1,12 @@
-"""Read tensors of a checkpoint as torch tensors; matrices decoded to BF16, whatever they are stored as.
+"""Read tensors of a checkpoint as torch tensors: as stored, or matrices decoded to BF16, whatever they are stored as.
 
 Every E4M3 x 2^k and E2M1 x 2^k of a V4 weight is a BF16 number, so decoding is exact; where it is not (F32 scales
 that are no powers of two), that is an error and no rounding behind the user's back.
 """
 
+import threading
+
+import numpy as np
 import torch
 
 from v4quant.checkpoint.header import TensorEntry
@@ -15,6 +18,8 @@ from v4quant.names import Role, scale_name
 from v4quant.numerics.errors import NonFiniteError
 
 _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
+_CODES = {"I8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
+_SCALES = {"F8_E8M0": torch.uint8, "F32": torch.float32}
 
 
 class Weights:
@@ -33,10 +38,15 @@ class Weights:
         checkpoint.require_sound()
         self.checkpoint = checkpoint
         self.bytes_read = 0
+        self._lock = threading.Lock()
 
     def has(self, name: str) -> bool:
         """True if the checkpoint stores this tensor."""
         return name in self.checkpoint.tensors
+
+    def encoding(self, module: str) -> Encoding:
+        """How a matrix that some release quantises is stored."""
+        return self._encoding(self._entry(f"{module}.weight"))
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor that no format quantises, in its stored dtype and shape.
@@ -45,28 +55,43 @@ class Weights:
             CheckpointError: if there is none of this name, or it cannot be read.
         """
         entry = self._entry(name)
-        return torch.frombuffer(self._read(entry), dtype=_DTYPES[entry.dtype]).reshape(entry.shape)
+        buffer = np.empty(entry.bytes, np.uint8)
+        self._read(entry, buffer)
+        return torch.from_numpy(buffer).view(_DTYPES[entry.dtype]).reshape(entry.shape)
 
-    def matrix(self, module: str) -> torch.Tensor:
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop of a tensor that no format quantises: its stored dtype, [stop - start, ...].
+
+        Raises:
+            CheckpointError: as tensor.
+        """
+        entry = self._entry(name)
+        row_bytes = entry.bytes // entry.shape[0]
+        buffer = np.empty((stop - start) * row_bytes, np.uint8)
+        self._read(entry, buffer, start * row_bytes)
+        return torch.from_numpy(buffer).view(_DTYPES[entry.dtype]).reshape(stop - start, *entry.shape[1:])
+
+    def matrix(self, module: str, scratch: Scratch | None = None) -> torch.Tensor:
         """A matrix that some release quantises, decoded: bfloat16 [out, in].
 
         Args:
             module: its name without ".weight".
+            scratch: buffers to read and decode in, else new ones; the result lives in them until the next use.
 
         Raises:
             CheckpointError: if there is none, it holds a number that is not finite, or BF16 cannot hold its values.
         """
         entry = self._entry(f"{module}.weight")
         encoding = self._encoding(entry)
-        if encoding == BF16:
+        if encoding == BF16 and scratch is None:
             return self.tensor(entry.name)
-        scale_entry = self._entry(scale_name(entry.name))
-        codes = torch.frombuffer(self._read(entry), dtype=torch.uint8).numpy().view(codes_dtype(encoding))
-        scale = torch.frombuffer(self._read(scale_entry), dtype=torch.uint8).numpy().view(scale_dtype(encoding))
-        source = Weight(encoding, codes.reshape(entry.shape), scale.reshape(scale_entry.shape))
-        out = torch.empty(source.shape, dtype=torch.uint16)
+        scratch = scratch or Scratch()
+        stored = self._stored(entry, encoding, scratch)
+        if encoding == BF16:
+            return torch.from_numpy(stored.codes).view(torch.bfloat16)
+        decoded = scratch.array("decoded", stored.shape, codes_dtype(BF16))
         try:
-            check = cast(source, Weight(BF16, out.numpy()), Scratch())
+            check = cast(stored, Weight(BF16, decoded), scratch)
         except NonFiniteError as error:
             raise CheckpointError(f"{entry.file}: {entry.name}: {error}", hint="The weights are damaged.") from error
         if check.inexact:
@@ -74,20 +99,50 @@ class Weights:
                 f"{entry.file}: {entry.name}: {check.inexact:,} values do not fit BF16, expected none",
                 hint="Convert the checkpoint first, with --allow-rounding.",
             )
-        return out.view(torch.bfloat16)
+        return torch.from_numpy(decoded).view(torch.bfloat16)
+
+    def codes(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A quantised matrix as it is stored.
+
+        Returns:
+            FP4: uint8 [out, in/2] and uint8 (E8M0) [out, in/32]. FP8: float8_e4m3fn [out, in], and uint8 (E8M0) or
+            float32 [out/128, in/128], rounded up.
+
+        Raises:
+            CheckpointError: if there is none of this name, or it cannot be read.
+        """
+        entry = self._entry(f"{module}.weight")
+        encoding = self._encoding(entry)
+        stored = self._stored(entry, encoding, Scratch())
+        codes = torch.from_numpy(stored.codes).view(_CODES[encoding.weight_dtype])
+        return codes, torch.from_numpy(stored.scales).view(_SCALES[encoding.scale_dtype])
+
+    def _stored(self, entry: TensorEntry, encoding: Encoding, scratch: Scratch) -> Weight:
+        """Codes, and scale where the encoding has one, read into scratch."""
+        codes = scratch.array("stored codes", entry.shape, codes_dtype(encoding))
+        self._read(entry, codes)
+        if encoding.block is None:
+            return Weight(encoding, codes)
+        scale_entry = self._entry(scale_name(entry.name))
+        scale = scratch.array("stored scale", scale_entry.shape, scale_dtype(encoding))
+        self._read(scale_entry, scale)
+        return Weight(encoding, codes, scale)
 
     def _entry(self, name: str) -> TensorEntry:
         entry = self.checkpoint.tensors.get(name)
         if entry is None:
-            raise CheckpointError(f"{self.checkpoint.where}: has no tensor {name}", hint="Look at it with: inspect")
+            raise CheckpointError(
+                f"{self.checkpoint.where}: has no tensor {name}",
+                hint=f"See what it holds with: v4quant inspect {self.checkpoint.where}",
+            )
         return entry
 
     def _encoding(self, entry: TensorEntry) -> Encoding:
         scheme = self.checkpoint.scheme
         return scheme.expert if self.checkpoint.parsed[entry.name].role is Role.ROUTED_EXPERTS else scheme.dense
 
-    def _read(self, entry: TensorEntry) -> bytearray:
-        buffer = bytearray(entry.bytes)
-        self.checkpoint.files.read_into(entry.file, entry.start, memoryview(buffer))
-        self.bytes_read += entry.bytes
-        return buffer
+    def _read(self, entry: TensorEntry, into: np.ndarray, offset: int = 0) -> None:
+        data = memoryview(into.reshape(-1).view(np.uint8))
+        self.checkpoint.files.read_into(entry.file, entry.start + offset, data)
+        with self._lock:
+            self.bytes_read += len(data)

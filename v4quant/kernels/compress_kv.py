@@ -62,6 +62,19 @@ def compress_kv_torch(
     ends: torch.Tensor,
 ) -> torch.Tensor:
     """Reference for compress_kv: same arguments, any device; equal up to the order of FP32 sums."""
+    return pool_windows(kv, score, ape, state, sequences, positions, ends).to(torch.bfloat16)
+
+
+def pool_windows(
+    kv: torch.Tensor,
+    score: torch.Tensor,
+    ape: torch.Tensor,
+    state: CompressorState,
+    sequences: torch.Tensor,
+    positions: torch.Tensor,
+    ends: torch.Tensor,
+) -> torch.Tensor:
+    """The entries before they are rounded: float32 [E, D]; arguments as for compress_kv."""
     ratio, columns = ape.shape
     tokens = state.kv.shape[1]  # M R
     dim = columns * ratio // tokens
@@ -80,7 +93,7 @@ def compress_kv_torch(
         out_score.append(torch.where(chosen, fresh, state.score[..., new][sequence, place[:, old]]))
         out_kv.append(torch.where(chosen, kv[:, new][row[:, old]], state.kv[..., new][sequence, place[:, old]]))
     weight = torch.cat(out_score, 1).softmax(1)  # [E, M R, D]
-    return (torch.cat(out_kv, 1) * weight).sum(1).to(torch.bfloat16)
+    return (torch.cat(out_kv, 1) * weight).sum(1)
 
 
 def compress_kv(

@@ -5,11 +5,14 @@
 
 The sink is a learned number a head that joins the denominator only. Keys come in blocks of 64 with an online softmax:
 the sum is taken of float32 exp(s - m), then it is rounded to BF16 for the product with k, m being the largest score up
-to that block. A row without any entry gives zeros. Source: `sparse_attn_kernel` of DeepSeek's released inference code.
+to that block. A row without any entry gives zeros. Two lists are one after the other, as there; the kernel begins a
+block of its own with the second one, which is the same where the window has a multiple of 64 entries (it has 128).
+Source: `sparse_attn_kernel` of DeepSeek's released inference code.
 
 T queries, H heads, D the head dimension (512), E entries in a pool, L indices a query.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,50 +40,64 @@ class Picked:
     indices: torch.Tensor
     layout: PageLayout | None = None
 
-    def gather(self, rows: slice, dim: int) -> torch.Tensor:
-        """The entries that some queries look at, zeros for none: float32 [T, L, D]."""
-        indices = self.indices[rows]  # [T, L]
-        if self.layout is not None:
-            entries = kv_read_fp8_torch(self.entries, indices.flatten(), self.layout, dim)
-        elif len(self.entries):
-            entries = self.entries.index_select(0, indices.clamp(min=0).flatten())  # [T L, D]
-            entries[(indices < 0).flatten()] = 0
-        else:
-            entries = self.entries.new_zeros(indices.numel(), dim)
-        return entries.float().view(*indices.shape, dim)
+    def dense(self, dim: int) -> "Picked":
+        """The same, of pages only what is picked: each entry is read once, however many queries look at it."""
+        if self.layout is None:
+            return self
+        picked = self.indices >= 0
+        used = torch.zeros(len(self.entries) * self.layout.entries, dtype=torch.bool, device=self.indices.device)
+        used[self.indices[picked]] = True
+        slots = used.nonzero()[:, 0].to(torch.int32)
+        place = used.cumsum(0, dtype=torch.int32) - 1
+        indices = torch.where(picked, place[self.indices.clamp(min=0)] if len(slots) else -1, -1).to(torch.int32)
+        return Picked(kv_read_fp8_torch(self.entries, slots, self.layout, dim), indices)
+
+
+def joined(picked: Sequence[Picked], dim: int) -> Picked:
+    """Lists one after the other as one: dense entries [E, D], the first of them zeros, which index 0 for none takes.
+
+    Its indices are int64 and count from 1.
+    """
+    lists = [keys.dense(dim) for keys in picked]
+    entries = torch.cat([lists[0].entries.new_zeros(1, dim), *(keys.entries for keys in lists)])
+    indices, first = [], 1
+    for keys in lists:
+        indices.append(torch.where(keys.indices < 0, 0, keys.indices + first).long())
+        first += len(keys.entries)
+    return Picked(entries, torch.cat(indices, 1))
 
 
 def sparse_attention_torch(q: torch.Tensor, sink: torch.Tensor, *picked: Picked) -> torch.Tensor:
     """Reference for sparse_attention: same arguments, any device; a chunk of queries at a time."""
     queries, _, dim = q.shape
-    longest = max(max(keys.indices.shape[1] for keys in picked), 1)
-    chunk = max(1, CHUNK_BYTES // (4 * longest * dim))
+    keys = joined(picked, dim)
+    chunk = max(1, CHUNK_BYTES // (4 * max(keys.indices.shape[1], 1) * dim))
     out = torch.empty_like(q)
     for start in range(0, queries, chunk):
         rows = slice(start, min(start + chunk, queries))
-        out[rows] = _attend(q[rows].float(), sink, [(keys.gather(rows, dim), keys.indices[rows]) for keys in picked])
+        out[rows] = _attend(q[rows].float(), sink, keys.entries, keys.indices[rows])
     return out
 
 
-def _attend(q: torch.Tensor, sink: torch.Tensor, picked: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Attention of q, float32 [T, H, D], over lists of keys [T, L, D] with their indices [T, L]."""
+def _attend(q: torch.Tensor, sink: torch.Tensor, entries: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Attention of q, float32 [T, H, D], over entries [E, D] at indices [T, L], 0 for none."""
     queries, heads, dim = q.shape
     best = q.new_full((queries, heads, 1), -torch.inf)
     total = q.new_zeros(queries, heads, 1)
     out = q.new_zeros(queries, heads, dim)
-    for keys, indices in picked:
-        scores = torch.bmm(q, keys.mT) * dim**-0.5  # [T, H, L]
-        scores.masked_fill_(indices[:, None] < 0, -torch.inf)
-        for block, part in zip(torch.split(scores, BLOCK_KEYS, 2), torch.split(keys, BLOCK_KEYS, 1), strict=True):
-            if not block.shape[2]:
-                continue
-            larger = torch.maximum(best, block.amax(2, keepdim=True))  # [T, H, 1]
-            shift = larger.masked_fill(larger == -torch.inf, 0.0)  # nothing picked yet: keep exp(-inf) = 0
-            weight = torch.exp(block - shift)  # [T, H, 64]
-            decay = torch.exp(best - shift)
-            total = total * decay + weight.sum(2, keepdim=True)
-            out.mul_(decay).baddbmm_(weight.to(torch.bfloat16).float(), part)
-            best = larger
+    for block in torch.split(indices, BLOCK_KEYS, 1):  # [T, 64]
+        if not block.any():
+            continue
+        keys = entries.index_select(0, block.flatten()).float().view(*block.shape, dim)  # [T, 64, D]
+        scores = torch.bmm(q, keys.mT) * dim**-0.5  # [T, H, 64]
+        scores.masked_fill_(block[:, None] == 0, -torch.inf)
+        larger = torch.maximum(best, scores.amax(2, keepdim=True))  # [T, H, 1]
+        shift = larger.masked_fill(larger == -torch.inf, 0.0)  # nothing picked yet: keep exp(-inf) = 0
+        weight = torch.exp(scores - shift)  # [T, H, 64]
+        decay = torch.exp(best - shift)
+        total = total * decay + weight.sum(2, keepdim=True)
+        out.mul_(decay).baddbmm_(weight.to(torch.bfloat16).float(), keys)
+        best = larger
     shift = best.masked_fill(best == -torch.inf, 0.0)
     total = total + torch.exp(sink[None, :, None] - shift)
     # Nothing picked and a sink of -inf: 0 / 0.
@@ -93,8 +110,7 @@ def sparse_attention(q: torch.Tensor, sink: torch.Tensor, *picked: Picked) -> to
     Args:
         q: bfloat16 [T, H, D], normalised and rotated; D a power of two from 128 on.
         sink: float32 [H]; -inf for none.
-        picked: one list, or the window's and the compressed entries'; both dense or both in pages. Blocks of 64 do
-            not reach from one list into the next.
+        picked: one list, or the window's and the compressed entries'; both dense or both in pages.
 
     Returns:
         bfloat16 [T, H, D]; not yet rotated back.

@@ -1,0 +1,86 @@
+"""One block of the model, a layer or that of an MTP head: attention, then experts, each between hyper-connections.
+
+The two halves are separate because only attention looks at other tokens: a run that knows all of its tokens takes them
+through attention chunk by chunk, and through the experts all at once, so that each expert is read once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from v4quant.config import V4Config
+from v4quant.model.attention import attention
+from v4quant.model.cache import BlockCache
+from v4quant.model.chunk import Chunk
+from v4quant.model.experts import ExpertSource, routed_experts, shared_expert
+from v4quant.model.operations import Operations
+from v4quant.model.rope import Rotation
+from v4quant.model.router import pick_experts
+from v4quant.model.weights import BlockWeights
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the second half of a block gives.
+
+    Attributes:
+        streams: activations [T, S, d].
+        indices: the experts of each token, int64 [T, k].
+        weights: float32 [T, k].
+    """
+
+    streams: torch.Tensor
+    indices: torch.Tensor
+    weights: torch.Tensor
+
+
+class Block:
+    """A block in memory, its routed experts wherever `experts` has them."""
+
+    def __init__(
+        self, weights: BlockWeights, ratio: int, experts: ExpertSource, config: V4Config, ops: Operations
+    ) -> None:
+        self.weights = weights
+        self.ratio = ratio
+        self._experts = experts
+        self._config = config
+        self._ops = ops
+        self._rotation = Rotation(config, ratio, weights.attention.sink.device)
+
+    def cache(self, sequences: int) -> BlockCache:
+        """An empty cache for so many sequences."""
+        return BlockCache(self._config, self.ratio, self._ops, sequences, self.weights.attention.sink.device)
+
+    def attend(
+        self, streams: torch.Tensor, chunk: Chunk, cache: BlockCache
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The first half: attention.
+
+        Args:
+            streams: activations [T, S, d] of the chunk's tokens.
+            chunk: where they stand.
+            cache: of this block; takes them in.
+
+        Returns:
+            activations [T, S, d], and the indexer's picks, int32 [T, k], None without an indexer.
+        """
+        weights, ops = self.weights, self._ops
+        x, post, comb = ops.mix(streams, weights.attention_mix)  # [T, d]
+        x = ops.rms_norm(x, weights.attention_norm)
+        found = attention(x, weights.attention, chunk, cache, self._rotation, self._config, ops)
+        return ops.combine(found.out, streams, post, comb), found.picks
+
+    def feed_forward(self, streams: torch.Tensor, input_ids: torch.Tensor) -> Routed:
+        """The second half: router and experts.
+
+        Args:
+            streams: activations [T, S, d].
+            input_ids: int64 [T]; what hash layers route by.
+        """
+        weights, ops, config = self.weights, self._ops, self._config
+        x, post, comb = ops.mix(streams, weights.ffn_mix)  # [T, d]
+        x = ops.rms_norm(x, weights.ffn_norm)
+        indices, share = pick_experts(x, input_ids, weights.router, config)
+        routed = routed_experts(x, indices, share, self._experts, config.n_routed_experts, config.swiglu_limit, ops)
+        routed += shared_expert(x, weights.shared_expert, config.swiglu_limit, ops).float()
+        return Routed(ops.combine(routed.to(ops.dtype), streams, post, comb), indices, share)

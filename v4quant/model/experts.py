@@ -1,0 +1,109 @@
+"""The mixture of experts of a block: SwiGLU experts of the tokens that were routed to them, and one that takes all.
+
+    h = silu(min(w1 x, L)) * clamp(w3 x, -L, L) * r,   out = sum over the token's experts of w2 h, + shared expert
+
+FP32 between the products, r the router's weight (1 for the shared expert), L the SwiGLU limit. T tokens, k experts each.
+Source: `Expert` and `MoE` of DeepSeek's released inference code; experts are added in ascending order, in FP32.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from v4quant.kernels.act_quant_fp8 import act_quant_fp8
+from v4quant.kernels.expert_order import ExpertOrder, sort_by_expert
+from v4quant.kernels.fp4_expert_gemm import ExpertWeights, fp4_expert_gemm
+from v4quant.model.operations import Operations
+from v4quant.model.weights import Expert
+
+
+class ExpertSource(Protocol):
+    """Where the routed experts of one block come from."""
+
+    is_coded: bool
+    """True: `coded` gives them as they are stored; False: `decoded` gives them in BF16."""
+
+    def coded(self, experts: list[int]) -> Iterator[tuple[list[int], ExpertWeights]]:
+        """These experts in groups, in ascending order."""
+
+    def decoded(self, experts: list[int]) -> Iterator[tuple[int, Expert]]:
+        """These experts one by one, in ascending order; each is valid until the next one is asked for."""
+
+
+def routed_experts(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    source: ExpertSource,
+    count: int,
+    limit: float,
+    ops: Operations,
+) -> torch.Tensor:
+    """Run the routed experts.
+
+    Args:
+        x: normalised activations [T, d].
+        indices: int64 [T, k], the experts of each token.
+        weights: float32 [T, k].
+        source: gives the experts that were picked, and is asked for no others.
+        count: experts of the block.
+        limit: swiglu_limit.
+
+    Returns:
+        float32 [T, d].
+    """
+    picked = indices.unique().tolist()
+    if source.is_coded:
+        return _coded(x, indices, weights, source.coded(picked), limit)
+    return _decoded(x, sort_by_expert(indices, weights, count), source.decoded(picked), limit, ops)
+
+
+def shared_expert(x: torch.Tensor, expert: Expert, limit: float, ops: Operations) -> torch.Tensor:
+    """Run the expert that takes every token: activations [T, d]."""
+    return _expert(ops.prepare(x, expert.w1), expert, None, limit, ops)
+
+
+def _coded(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    groups: Iterable[tuple[list[int], ExpertWeights]],
+    limit: float,
+) -> torch.Tensor:
+    codes, scale_e8m0 = act_quant_fp8(x, 128)
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for numbers, group in groups:
+        # Experts by their place in the group, -1 for those outside of it.
+        place = torch.full((max(int(indices.max()), *numbers) + 1,), -1, device=x.device)
+        place[torch.tensor(numbers, device=x.device)] = torch.arange(len(numbers), device=x.device)
+        order = sort_by_expert(place[indices], weights, len(numbers))
+        out += fp4_expert_gemm(codes, scale_e8m0, order, group, limit)
+    return out
+
+
+def _decoded(
+    x: torch.Tensor, order: ExpertOrder, experts: Iterable[tuple[int, Expert]], limit: float, ops: Operations
+) -> torch.Tensor:
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    offset = order.offset.tolist()
+    prepared: torch.Tensor | None = None
+    for number, expert in experts:
+        rows = slice(offset[number], offset[number + 1])
+        token = order.token[rows]
+        prepared = ops.prepare(x, expert.w1) if prepared is None else prepared  # experts are stored alike
+        y = _expert(prepared[token], expert, order.weight[rows], limit, ops)
+        out.index_add_(0, token, y.float())
+    return out
+
+
+def _expert(
+    prepared: torch.Tensor, expert: Expert, weight: torch.Tensor | None, limit: float, ops: Operations
+) -> torch.Tensor:
+    gate = ops.multiply(prepared, expert.w1).float()  # [T, m]
+    up = ops.multiply(prepared, expert.w3).float()
+    h = F.silu(gate.clamp_(max=limit)).mul_(up.clamp_(-limit, limit))
+    if weight is not None:
+        h.mul_(weight[:, None])
+    return ops.linear(h.to(prepared.dtype), expert.w2)  # [T, d]

@@ -1,0 +1,52 @@
+"""CSA's choice: which compressed entries each token attends to.
+
+    score(t, e) = sum_h w_h(t) relu(q_h(t) . k_e),   w = weights_proj x * I^-1/2 H^-1/2;   the best k visible entries
+
+T tokens, H heads of I dims (64 of 128), entries of ratio 4. Source: `Indexer` of DeepSeek's released inference code.
+"""
+
+import torch
+
+from v4quant.config import V4Config
+from v4quant.kernels.indexer_scores import visible_entries
+from v4quant.model.cache import PagedStore
+from v4quant.model.chunk import Chunk
+from v4quant.model.operations import Operations
+from v4quant.model.weights import IndexerWeights
+
+RATIO = 4
+
+
+def pick_entries(
+    x: torch.Tensor,
+    qr: torch.Tensor,
+    cos_sin: torch.Tensor,
+    weights: IndexerWeights,
+    chunk: Chunk,
+    keys: PagedStore,
+    config: V4Config,
+    ops: Operations,
+) -> torch.Tensor:
+    """Pick entries for the tokens of a chunk, whose own keys are written.
+
+    Args:
+        x: activations [T, d].
+        qr: normalised output of wq_a [T, q].
+        cos_sin: float32 [T, R] at the tokens' positions.
+
+    Returns:
+        int32 [T, k], best first, -1 for none; k is index_topk, or the number of entries where that is smaller.
+    """
+    heads, dim = config.index_n_heads, config.index_head_dim
+    q = ops.linear(qr, weights.wq_b).view(-1, heads, dim)  # [T, H, I]
+    q = ops.index_queries(ops.rope_(q, cos_sin))
+    scale = ops.plain_linear(x, weights.weights_proj) * (dim**-0.5 * heads**-0.5)  # [T, H]
+    visible = visible_entries(chunk.positions, RATIO)  # [T]
+    width = min(config.index_topk, max(run.end // RATIO for run in chunk.runs))
+    picked = torch.full((len(x), width), -1, dtype=torch.int32, device=x.device)
+    for run in chunk.runs:
+        count, rows = run.end // RATIO, run.rows
+        if count:
+            of_sequence = keys.read(run.sequence, count)  # [E, I]
+            picked[rows] = ops.pick(q[rows], of_sequence, scale[rows], visible[rows], width)
+    return picked

@@ -1,0 +1,159 @@
+"""A checkpoint of any size, one block in memory: all tokens go through a block before the next one takes its place.
+
+    embed -> block 0 (attention chunk by chunk, experts all at once) -> block 1 -> ... -> head
+
+Memory: the tokens' residual streams and what one block makes of them, the dense weights of this block and the next
+(read while this one computes), a few experts. Only experts that the router picked are read.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from v4quant.checkpoint.reader import Checkpoint
+from v4quant.model.arithmetic import Arithmetic
+from v4quant.model.block import Block
+from v4quant.model.chunk import Chunk, check_prompts, split
+from v4quant.model.expert_sources import ExpertReader, StreamedExperts
+from v4quant.model.head import Head, embed, streams_of
+from v4quant.model.mtp import MtpInput
+from v4quant.model.operations import operations
+from v4quant.model.weights import Reader
+from v4quant.names import block_prefix
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All tokens of a run, and how they are cut into chunks.
+
+    Attributes:
+        input_ids: int64 [T], prompt behind prompt.
+        chunks: in the order of execution.
+        rows: for each chunk, which of the T tokens it holds, int64.
+        sequences: number of prompts.
+    """
+
+    input_ids: torch.Tensor
+    chunks: tuple[Chunk, ...]
+    rows: tuple[torch.Tensor, ...]
+    sequences: int
+
+    @classmethod
+    def of(cls, prompts: Sequence[torch.Tensor], sizes: Sequence[int] = ()) -> "Schedule":
+        """Cut prompts into chunks.
+
+        Args:
+            prompts: int64 [n] each.
+            sizes: tokens a step, as `chunk.split` takes them; none for all of each prompt at once.
+        """
+        chunks = tuple(split(prompts, sizes or [max(len(prompt) for prompt in prompts)]))
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        starts = (lengths.cumsum(0) - lengths).to(prompts[0].device)
+        rows = tuple(starts[chunk.sequences.long()] + chunk.positions for chunk in chunks)
+        return cls(torch.cat(list(prompts)), chunks, rows, len(prompts))
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What a block made of all tokens.
+
+    Attributes:
+        streams: activations [T, S, d].
+        router_indices: int64 [T, k], and router_weights: float32 [T, k].
+        indexer_topk: compressed entries, int32 [T, K], -1 for none; None without an indexer.
+    """
+
+    streams: torch.Tensor
+    router_indices: torch.Tensor
+    router_weights: torch.Tensor
+    indexer_topk: torch.Tensor | None
+
+
+def run_block(block: Block, streams: torch.Tensor, schedule: Schedule) -> BlockResult:
+    """Take all tokens through a block, with a cache of its own.
+
+    Args:
+        streams: activations [T, S, d].
+    """
+    cache = block.cache(schedule.sequences)
+    attended = torch.empty_like(streams)
+    picks: list[torch.Tensor] = []
+    for chunk, rows in zip(schedule.chunks, schedule.rows, strict=True):
+        attended[rows], picked = block.attend(streams[rows], chunk, cache)
+        if picked is not None:
+            picks.append(picked)
+    routed = block.feed_forward(attended, schedule.input_ids)
+    topk = None
+    if picks:
+        widest = max(picked.shape[1] for picked in picks)
+        topk = torch.full((len(streams), widest), -1, dtype=torch.int32, device=streams.device)
+        for rows, picked in zip(schedule.rows, picks, strict=True):
+            topk[rows, : picked.shape[1]] = picked
+    return BlockResult(routed.streams, routed.indices, routed.weights, topk)
+
+
+class StreamedModel:
+    """A checkpoint, run block by block; a context manager, as threads read ahead."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, arithmetic: Arithmetic | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        """Prepare to run; no weights are read yet.
+
+        Raises:
+            CheckpointError: if the checkpoint has problems.
+        """
+        self.config = checkpoint.config
+        self.reader = Reader(checkpoint, arithmetic or Arithmetic(), device)
+        self.ops = operations(self.config, self.reader.arithmetic)
+        self._experts = ExpertReader(self.reader)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="blocks")
+
+    def __enter__(self) -> "StreamedModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._experts.close()
+        self._thread.shutdown(cancel_futures=True)
+
+    def schedule(self, prompts: Sequence[torch.Tensor], sizes: Sequence[int] = (), where: str = "tokens") -> Schedule:
+        """Check prompts and cut them into chunks.
+
+        Raises:
+            UsageError: for prompts that the model cannot take; `where` says where they came from.
+        """
+        check_prompts(prompts, self.config, where)
+        return Schedule.of([prompt.to(self.reader.device) for prompt in prompts], sizes)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What goes into the first layer: activations [T, S, d]."""
+        return streams_of(embed(input_ids, self.reader, self.ops), self.config.hc_mult)
+
+    def blocks(self, first: int, stop: int) -> Iterator[Block]:
+        """Layers first to stop - 1, each with the next one being read."""
+        coming = self._thread.submit(self._block, "layers", first) if first < stop else None
+        for index in range(first, stop):
+            assert coming is not None
+            block = coming.result()
+            coming = self._thread.submit(self._block, "layers", index + 1) if index + 1 < stop else None
+            yield block
+            del block  # before the next one arrives
+
+    def mtp_block(self, index: int) -> Block:
+        """An MTP block."""
+        return self._block("mtp", index)
+
+    def mtp_input(self, index: int, streams: torch.Tensor, next_ids: torch.Tensor) -> torch.Tensor:
+        """What goes into an MTP block: activations [T, S, d]; see MtpInput."""
+        return MtpInput.read(self.reader, index).streams(streams, next_ids, self.reader, self.ops)
+
+    def head(self, mtp: int | None = None) -> Head:
+        """The model's head, or that of an MTP block."""
+        return Head(self.reader, self.ops, "" if mtp is None else block_prefix("mtp", mtp))
+
+    def _block(self, kind: str, index: int) -> Block:
+        weights = self.reader.block(kind, index)
+        source = StreamedExperts(self._experts, kind, index)
+        return Block(weights, self.reader.ratio(kind, index), source, self.config, self.ops)

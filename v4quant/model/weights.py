@@ -1,0 +1,226 @@
+"""The weights of a block, read from a checkpoint of any format into the form that a run multiplies with.
+
+d hidden size, q rank of the queries, H heads of D dims, g output groups of rank r, E experts of width m, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from v4quant.checkpoint.reader import Checkpoint
+from v4quant.checkpoint.weights import Weights
+from v4quant.encodings import BF16
+from v4quant.errors import CheckpointError
+from v4quant.formats.cast import Scratch
+from v4quant.model.arithmetic import Activations, Arithmetic, Products
+from v4quant.names import block_prefix
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix that some release quantises.
+
+    Attributes:
+        weight: bfloat16 [N, K] decoded; or codes, float8_e4m3fn [N, K] or packed FP4 uint8 [N, K/2].
+        scale: of the codes; None for a decoded weight.
+        rounds_input: whether activations are rounded to FP8 before it.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    rounds_input: bool
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A SwiGLU expert: gate w1 and up w3 [m, d], down w2 [d, m]."""
+
+    w1: Matrix
+    w2: Matrix
+    w3: Matrix
+
+
+@dataclass(frozen=True)
+class CompressorWeights:
+    """Pooling of KV entries: ape float32 [R, C], wkv and wgate float32 [C, d], norm [C or C/2]."""
+
+    ape: torch.Tensor
+    wkv: torch.Tensor
+    wgate: torch.Tensor
+    norm: torch.Tensor
+
+
+@dataclass(frozen=True)
+class IndexerWeights:
+    """Choice of compressed entries: wq_b [heads x dims, q], weights_proj bfloat16 [heads, d], keys' compressor."""
+
+    wq_b: Matrix
+    weights_proj: torch.Tensor
+    compressor: CompressorWeights
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """wq_a [q, d], wq_b [H D, q], wkv [D, d], wo_a bfloat16 [g, r, H D / g], wo_b [d, g r], norms, sink float32 [H]."""
+
+    wq_a: Matrix
+    q_norm: torch.Tensor
+    wq_b: Matrix
+    wkv: Matrix
+    kv_norm: torch.Tensor
+    sink: torch.Tensor
+    wo_a: torch.Tensor
+    wo_b: Matrix
+    compressor: CompressorWeights | None
+    indexer: IndexerWeights | None
+
+
+@dataclass(frozen=True)
+class HyperWeights:
+    """A hyper-connection: fn float32 [rows, streams x d], base [rows], scale [3], or [1] before the head."""
+
+    fn: torch.Tensor
+    base: torch.Tensor
+    scale: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RouterWeights:
+    """gate float32 [E, d]; bias float32 [E] or, in hash layers, table int64 [V, k]."""
+
+    gate: torch.Tensor
+    bias: torch.Tensor | None
+    table: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """A layer or an MTP block without its routed experts."""
+
+    attention_mix: HyperWeights
+    attention_norm: torch.Tensor
+    attention: AttentionWeights
+    ffn_mix: HyperWeights
+    ffn_norm: torch.Tensor
+    router: RouterWeights
+    shared_expert: Expert
+
+
+class Reader:
+    """Reads the weights of blocks; from one thread at a time.
+
+    Attributes:
+        weights: the checkpoint's tensors.
+        config: of the checkpoint.
+        arithmetic: of the run.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, arithmetic: Arithmetic, device: torch.device | str = "cpu") -> None:
+        """Read for runs with this arithmetic on this device.
+
+        Raises:
+            CheckpointError: if the checkpoint has problems.
+        """
+        self.weights = Weights(checkpoint)
+        self.config = checkpoint.config
+        self.arithmetic = arithmetic
+        self.device = torch.device(device)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor in its stored dtype, on the run's device."""
+        return self.weights.tensor(name).to(self.device)
+
+    def matrix(self, module: str, scratch: Scratch | None = None) -> Matrix:
+        """A matrix that some release quantises, in the form of the run.
+
+        Args:
+            module: its name without ".weight".
+            scratch: buffers for a decoded matrix, which lives in them until their next use.
+        """
+        is_bf16 = self.weights.encoding(module) == BF16
+        activations = self.arithmetic.activations
+        rounds = activations is Activations.RELEASE or (activations is Activations.STORED and not is_bf16)
+        if self.arithmetic.products is Products.CODED and not is_bf16 and rounds:
+            codes, scale = self.weights.codes(module)
+            return Matrix(codes.to(self.device), scale.to(self.device), rounds)
+        return Matrix(self.weights.matrix(module, scratch).to(self.device), None, rounds)
+
+    def expert(self, prefix: str, scratches: tuple[Scratch, Scratch, Scratch] | None = None) -> Expert:
+        """The three matrices of an expert; prefix as "layers.3.ffn.shared_experts."."""
+        one, two, three = scratches or (None, None, None)
+        return Expert(
+            self.matrix(f"{prefix}w1", one), self.matrix(f"{prefix}w2", two), self.matrix(f"{prefix}w3", three)
+        )
+
+    def hyper(self, name: str) -> HyperWeights:
+        """A hyper-connection; name as "layers.3.hc_attn" or "hc_head"."""
+        return HyperWeights(*(self.tensor(f"{name}_{part}") for part in ("fn", "base", "scale")))
+
+    def block(self, kind: str, index: int) -> BlockWeights:
+        """Everything of a block but its routed experts.
+
+        Args:
+            kind: "layers" or "mtp".
+            index: number of the block.
+
+        Raises:
+            CheckpointError: if a tensor is missing or damaged.
+        """
+        prefix = block_prefix(kind, index)
+        return BlockWeights(
+            attention_mix=self.hyper(f"{prefix}hc_attn"),
+            attention_norm=self.tensor(f"{prefix}attn_norm.weight"),
+            attention=self._attention(f"{prefix}attn.", self.ratio(kind, index)),
+            ffn_mix=self.hyper(f"{prefix}hc_ffn"),
+            ffn_norm=self.tensor(f"{prefix}ffn_norm.weight"),
+            router=self._router(f"{prefix}ffn.gate."),
+            shared_expert=self.expert(f"{prefix}ffn.shared_experts."),
+        )
+
+    def ratio(self, kind: str, index: int) -> int:
+        """Compression of a block: 0, 4 or 128."""
+        return self.config.compress_ratios[index + (self.config.num_hidden_layers if kind == "mtp" else 0)]
+
+    def _attention(self, prefix: str, ratio: int) -> AttentionWeights:
+        wo_a = self.weights.matrix(f"{prefix}wo_a").to(self.device)  # [g r, H D / g]
+        return AttentionWeights(
+            wq_a=self.matrix(f"{prefix}wq_a"),
+            q_norm=self.tensor(f"{prefix}q_norm.weight"),
+            wq_b=self.matrix(f"{prefix}wq_b"),
+            wkv=self.matrix(f"{prefix}wkv"),
+            kv_norm=self.tensor(f"{prefix}kv_norm.weight"),
+            sink=self.tensor(f"{prefix}attn_sink"),
+            wo_a=wo_a.view(self.config.o_groups, -1, wo_a.shape[1]),  # [g, r, H D / g]
+            wo_b=self.matrix(f"{prefix}wo_b"),
+            compressor=self._compressor(f"{prefix}compressor.") if ratio else None,
+            indexer=self._indexer(f"{prefix}indexer.") if ratio == 4 else None,
+        )
+
+    def _compressor(self, prefix: str) -> CompressorWeights:
+        return CompressorWeights(
+            ape=self.tensor(f"{prefix}ape"),
+            wkv=self.tensor(f"{prefix}wkv.weight").float(),
+            wgate=self.tensor(f"{prefix}wgate.weight").float(),
+            norm=self.tensor(f"{prefix}norm.weight"),
+        )
+
+    def _indexer(self, prefix: str) -> IndexerWeights:
+        return IndexerWeights(
+            wq_b=self.matrix(f"{prefix}wq_b"),
+            weights_proj=self.tensor(f"{prefix}weights_proj.weight"),
+            compressor=self._compressor(f"{prefix}compressor."),
+        )
+
+    def _router(self, prefix: str) -> RouterWeights:
+        gate = self.tensor(f"{prefix}weight").float()
+        name = f"{prefix}tid2eid"
+        if not self.weights.has(name):
+            return RouterWeights(gate, self.tensor(f"{prefix}bias"), None)
+        table = self.tensor(name)
+        experts = self.config.n_routed_experts
+        if not 0 <= int(table.min()) <= int(table.max()) < experts:
+            raise CheckpointError(
+                f"{name}: holds experts {int(table.min())} to {int(table.max())}, expected 0 to {experts - 1}",
+                hint="The weights are damaged; download or export them again.",
+            )
+        return RouterWeights(gate, None, table)
