@@ -13,7 +13,7 @@ from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.encodings import BF16, Encoding
 from v4quant.errors import CheckpointError
-from v4quant.formats.cast import Scratch, Weight, cast, codes_dtype, scale_dtype
+from v4quant.formats.cast import Array, Scratch, Weight, cast, codes_dtype, scale_dtype
 from v4quant.names import Role, scale_name
 from v4quant.numerics.errors import NonFiniteError
 
@@ -141,8 +141,8 @@ class Weights:
         scheme = self.checkpoint.scheme
         return scheme.expert if self.checkpoint.parsed[entry.name].role is Role.ROUTED_EXPERTS else scheme.dense
 
-    def _read(self, entry: TensorEntry, into: np.ndarray, offset: int = 0) -> None:
-        data = memoryview(into.reshape(-1).view(np.uint8))
+    def _read(self, entry: TensorEntry, into: Array, offset: int = 0) -> None:
+        data = into.reshape(-1).view(np.uint8).data
         self.checkpoint.files.read_into(entry.file, entry.start + offset, data)
         with self._lock:
             self.bytes_read += len(data)

@@ -18,11 +18,10 @@ MAX_DIMS = 8192
 
 def query_norm_torch_(q: torch.Tensor, eps: float) -> torch.Tensor:
     """Reference for query_norm_: same arguments, any device; equal up to the order of the FP32 sum."""
-    mean = q.square().mean(-1, keepdim=True)  # [T, H, 1]
-    mean += mean.new_tensor(eps)
-    # Not torch.rsqrt of BF16: GPUs round it once, as here, but on CPUs what is left over behind the last full vector
-    # of a tensor has its square root rounded, too, so that a head's result would depend on how many there are.
-    q *= torch.rsqrt(mean.float()).to(torch.bfloat16)
+    # The released expression itself. On CPUs torch rounds the square root too, before it divides, for the elements left
+    # over behind the last full vector of 32: a head's result can depend on how many there are. It is kept, because
+    # outputs of the released code on a CPU have it; GPUs and the kernel round once.
+    q *= torch.rsqrt(q.square().mean(-1, keepdim=True) + eps)  # [T, H, 1]
     return q
 
 

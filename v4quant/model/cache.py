@@ -1,4 +1,4 @@
-"""What a block keeps of the tokens it has seen: pages of KV entries and indexer keys, and the compressors' open windows.
+"""What a block keeps of the tokens it has seen: pages of KV entries and indexer keys, the compressors' open windows.
 
 Pages cover 256 tokens, as in serving engines: 256 window entries, 64 of CSA (and 64 indexer keys) or 2 of HCA. A page
 belongs to one sequence, found by a block table; pages that leave the window are used again, so that a layer's window

@@ -30,7 +30,7 @@ class Run:
     @property
     def end(self) -> int:
         """Position behind the last one: the sequence's length once the chunk is done."""
-        return self.first + self.rows.stop - self.rows.start
+        return self.first + int(self.rows.stop) - int(self.rows.start)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
+from typing import TypeVar
 
 import torch
 
@@ -13,6 +14,9 @@ from v4quant.kernels.fp4_expert_gemm import ExpertWeights
 from v4quant.model.arithmetic import Activations, Products
 from v4quant.model.weights import Expert, Reader
 from v4quant.names import block_prefix
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 # Experts read ahead, and the one in use.
 _DEPTH = 3
@@ -102,7 +106,7 @@ class ExpertReader:
             yield _result(pending)
 
 
-def _result[Key, Value](pending: "deque[tuple[Key, Future[Value]]]") -> tuple[Key, Value]:
+def _result(pending: "deque[tuple[_Key, Future[_Value]]]") -> tuple[_Key, _Value]:
     key, future = pending.popleft()
     return key, future.result()
 

@@ -1,8 +1,8 @@
 """The mixture of experts of a block: SwiGLU experts of the tokens that were routed to them, and one that takes all.
 
-    h = silu(min(w1 x, L)) * clamp(w3 x, -L, L) * r,   out = sum over the token's experts of w2 h, + shared expert
+    h = silu(min(w1 x, L)) * clamp(w3 x, -L, L) * r,   out = sum of w2 h over the token's experts, + shared expert
 
-FP32 between the products, r the router's weight (1 for the shared expert), L the SwiGLU limit. T tokens, k experts each.
+FP32 between the products, r the router's weight (1 for the shared expert), L the SwiGLU limit. T tokens, k a token.
 Source: `Expert` and `MoE` of DeepSeek's released inference code; experts are added in ascending order, in FP32.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from v4quant.kernels.act_quant_fp8 import act_quant_fp8
 from v4quant.kernels.expert_order import ExpertOrder, sort_by_expert
@@ -54,7 +54,7 @@ def routed_experts(
     Returns:
         float32 [T, d].
     """
-    picked = indices.unique().tolist()
+    picked = torch.unique(indices).tolist()
     if source.is_coded:
         return _coded(x, indices, weights, source.coded(picked), limit)
     return _decoded(x, sort_by_expert(indices, weights, count), source.decoded(picked), limit, ops)
@@ -103,7 +103,7 @@ def _expert(
 ) -> torch.Tensor:
     gate = ops.multiply(prepared, expert.w1).float()  # [T, m]
     up = ops.multiply(prepared, expert.w3).float()
-    h = F.silu(gate.clamp_(max=limit)).mul_(up.clamp_(-limit, limit))
+    h = functional.silu(gate.clamp_(max=limit)).mul_(up.clamp_(-limit, limit))
     if weight is not None:
         h.mul_(weight[:, None])
     return ops.linear(h.to(prepared.dtype), expert.w2)  # [T, d]

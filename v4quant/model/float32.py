@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from v4quant.config import V4Config
 from v4quant.kernels.compress_kv import CompressorState, pool_windows
@@ -54,13 +54,13 @@ class Float32:
         return x
 
     def multiply(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        return F.linear(x, matrix.weight.float())
+        return functional.linear(x, matrix.weight.float())
 
     def linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         return self.multiply(x, matrix)
 
     def plain_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight.float())
+        return functional.linear(x, weight.float())
 
     def grouped_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.einsum("tgk,gnk->tgn", x, weight.float())
@@ -102,7 +102,7 @@ class Float32:
         hidden = torch.arange(len(keys), device=q.device) >= visible[:, None]
         best = scores.masked_fill(hidden, -torch.inf).topk(min(k, len(keys)))
         found = best.indices.masked_fill(best.values == -torch.inf, -1).to(torch.int32)
-        return F.pad(found, (0, k - found.shape[1]), value=-1)
+        return functional.pad(found, (0, k - found.shape[1]), value=-1)
 
     def attend(self, q: torch.Tensor, sink: torch.Tensor, picked: Sequence[Picked]) -> torch.Tensor:
         out = torch.empty_like(q)
@@ -119,8 +119,9 @@ class Float32:
 
     def mix(self, x: torch.Tensor, weights: HyperWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         eps, count = self._config.hc_eps, x.shape[1]
-        pre, post, comb = self._mixes(x, weights).split([count, count, count * count], 1)
-        bases = weights.base.split([count, count, count * count])
+        sizes = [count, count, count * count]
+        pre, post, comb = torch.split(self._mixes(x, weights), sizes, 1)
+        bases = torch.split(weights.base, sizes)
         pre = torch.sigmoid(pre * weights.scale[0] + bases[0]) + eps
         post = 2 * torch.sigmoid(post * weights.scale[1] + bases[1])
         comb = (comb * weights.scale[2] + bases[2]).view(-1, count, count).softmax(2) + eps
@@ -139,7 +140,9 @@ class Float32:
 
     def _mixes(self, x: torch.Tensor, weights: HyperWeights) -> torch.Tensor:
         flat = x.flatten(1)  # [T, S d]
-        return F.linear(flat, weights.fn) * torch.rsqrt(flat.square().mean(1, keepdim=True) + self._config.rms_norm_eps)
+        return functional.linear(flat, weights.fn) * torch.rsqrt(
+            flat.square().mean(1, keepdim=True) + self._config.rms_norm_eps
+        )
 
 
 def _rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:

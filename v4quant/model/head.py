@@ -6,7 +6,7 @@ T tokens, S streams of d dims, V vocabulary. The head's product is FP32, as in D
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from v4quant.model.operations import Operations
 from v4quant.model.weights import HyperWeights, Reader
@@ -17,7 +17,7 @@ _PIECE_ROWS = 8192
 
 def embed(input_ids: torch.Tensor, reader: Reader, ops: Operations) -> torch.Tensor:
     """Embeddings of token ids, int64 [T]: activations [T, d]; only the rows of tokens that occur are read."""
-    ids, place = input_ids.cpu().unique(return_inverse=True)
+    ids, place = torch.unique(input_ids.cpu(), return_inverse=True)
     rows = torch.cat([reader.weights.rows("embed.weight", first, last) for first, last in _runs(ids.tolist())])
     return rows[place].to(reader.device).to(ops.dtype)
 
@@ -66,6 +66,6 @@ class Head:
         out = torch.empty(len(x), self.vocabulary, device=x.device)
         first = 0
         for piece in self._read() if self._kept is None else self._kept:
-            out[:, first : first + len(piece)] = F.linear(x, piece.float())
+            out[:, first : first + len(piece)] = functional.linear(x, piece.float())
             first += len(piece)
         return out

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from v4quant.config import V4Config
 from v4quant.kernels.act_quant_fp4 import act_round_fp4
@@ -78,7 +78,7 @@ class Fp4Keys:
     def read(self, pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return indexer_key_read_fp4(pages, slots, self.layout, self.dim)
 
-    def picked(self, pages: torch.Tensor, slots: torch.Tensor) -> Picked:
+    def picked(self, _pages: torch.Tensor, _slots: torch.Tensor) -> Picked:
         raise TypeError("indexer keys are scored, not attended to")
 
 
@@ -95,7 +95,7 @@ class Release:
 
     def multiply(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         if matrix.scale is None:
-            return F.linear(x, matrix.weight)
+            return functional.linear(x, matrix.weight)
         # Quantising what prepare has rounded gives the same values: they are E4M3 times a power of two already.
         return fp8_gemm(*act_quant_fp8(x, ACTIVATION_BLOCK), matrix.weight, matrix.scale)
 
@@ -103,7 +103,7 @@ class Release:
         return self.multiply(x if matrix.scale is not None else self.prepare(x, matrix), matrix)
 
     def plain_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight)
+        return functional.linear(x, weight)
 
     def grouped_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.einsum("tgk,gnk->tgn", x, weight)
