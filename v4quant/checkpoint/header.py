@@ -10,7 +10,7 @@ tighter than the library's. Header style of the releases: no spaces, no `__metad
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,18 +51,21 @@ class TensorEntry:
         return self.stop - self.start
 
 
-def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, file: str) -> tuple[bytes, list[TensorEntry]]:
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, file: str, metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[TensorEntry]]:
     """Write the header of a file in the style of the releases.
 
     Args:
         tensors: name, dtype and header shape of each.
         file: file name, for the entries.
+        metadata: text for `__metadata__`, which files of weights do not have.
 
     Returns:
         The file's first bytes up to the data, and the entries in file order.
     """
     ordered = sorted(tensors, key=lambda tensor: (DTYPE_RANK[tensor[1]], tensor[0]))
-    fields: dict[str, dict[str, Any]] = {}
+    fields: dict[str, dict[str, Any]] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, dtype, shape in ordered:
         stop = offset + payload_bytes(dtype, shape)

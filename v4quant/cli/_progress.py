@@ -1,4 +1,4 @@
-"""One progress bar in bytes on stderr; silent when stderr is not a terminal."""
+"""Progress bars in bytes or layers on stderr; silent when stderr is not a terminal."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -38,3 +38,26 @@ def byte_progress(total: int, label: str, done: int = 0) -> Iterator[Advance]:
             bar.update(count)
 
         yield advance
+
+
+@contextmanager
+def layer_progress(total: int, label: str) -> Iterator[Callable[[str], None]]:
+    """Show how many of `total` layers are done; silent when stderr is not a terminal.
+
+    Yields:
+        done(item): counts one layer, and shows which it was.
+    """
+    with tqdm(
+        total=total,
+        desc=label,
+        unit="layer",
+        file=sys.stderr,
+        disable=not sys.stderr.isatty(),
+        dynamic_ncols=True,
+    ) as bar:
+
+        def done(item: str) -> None:
+            bar.set_postfix_str(item, refresh=False)
+            bar.update(1)
+
+        yield done

@@ -106,6 +106,7 @@ class StreamedModel:
             CheckpointError: if the checkpoint has problems.
         """
         self.config = checkpoint.config
+        self.source_id = checkpoint.source_id()
         self.reader = Reader(checkpoint, arithmetic or Arithmetic(), device)
         self.ops = operations(self.config, self.reader.arithmetic)
         self._experts = ExpertReader(self.reader)

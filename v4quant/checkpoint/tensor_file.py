@@ -1,0 +1,101 @@
+"""Safetensors files that hold no weights: token ids to run, and the outputs of a run."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from v4quant.checkpoint.files import Files
+from v4quant.checkpoint.header import TensorEntry, build_header, read_header
+from v4quant.checkpoint.output import ShardFile
+from v4quant.errors import CheckpointError, UsageError
+
+_DTYPES = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+}
+
+
+class TensorFile:
+    """A safetensors file to read from; its header is checked as that of a checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            UsageError: if there is no such file.
+            CheckpointError: if it is no sound safetensors file.
+        """
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file, expected a safetensors file", hint="Check the path.")
+        self.path = path
+        self._files = Files(path.parent)
+        size = self._files.size(path.name)
+        _, self.tensors = read_header(str(path), size, lambda start, stop: self._files.read(path.name, start, stop))
+
+    def read(self, name: str, dtypes: Iterable[torch.dtype]) -> torch.Tensor:
+        """A tensor of one of these dtypes.
+
+        Raises:
+            CheckpointError: if it is missing or of another dtype.
+        """
+        entry = self.tensors.get(name)
+        wanted = [key for key, dtype in _DTYPES.items() if dtype in set(dtypes)]
+        if entry is None:
+            held = ", ".join(list(self.tensors)[:8]) or "nothing"
+            raise CheckpointError(f"{self.path}: has no tensor {name}, but {held}")
+        if entry.dtype not in wanted:
+            raise CheckpointError(f"{self.path}: {name} is {entry.dtype}, expected {' or '.join(wanted)}")
+        buffer = bytearray(entry.bytes)
+        self._files.read_into(self.path.name, entry.start, memoryview(buffer))
+        if not buffer:
+            return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+        return torch.frombuffer(buffer, dtype=_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+class TensorWriter:
+    """A safetensors file whose tensors are known beforehand and written as they come; whole only after `finish`."""
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+    ) -> None:
+        """Create it at its full size.
+
+        Args:
+            path: the file; a partial file stands beside it until `finish`.
+            tensors: header dtype and shape of each.
+            metadata: text for its header.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        described = [(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
+        header, entries = build_header(described, file=path.name, metadata=metadata)
+        self._entries: dict[str, TensorEntry] = {entry.name: entry for entry in entries}
+        self._file = ShardFile(path, header, max(entry.stop for entry in entries))
+
+    def write(self, name: str, rows: torch.Tensor, first_row: int = 0) -> None:
+        """Write rows of a tensor, in its dtype, from a row on.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        entry = self._entries[name]
+        assert rows.dtype == _DTYPES[entry.dtype] and tuple(rows.shape[1:]) == entry.shape[1:], name
+        if rows.numel():
+            data = rows.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            self._file.write(data, entry.start + first_row * (entry.bytes // entry.shape[0]))
+
+    def finish(self) -> None:
+        """Sync and give the file its name.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        self._file.finish()
+
+    def abandon(self) -> None:
+        """Remove the partial file."""
+        self._file.abandon()
