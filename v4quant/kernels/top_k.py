@@ -1,9 +1,11 @@
-"""The K best entries of each row, best first; of equal scores the one of smaller index first.
+"""The K best entries of each row, best first.
 
-    out = first K of sort(n < visible, by (-score_n, n)), then -1
+    out = first K of sort(n < visible, by -score_n), then -1
 
-T rows, N entries, K picks. Exact and the same on every device: the released inference code leaves ties to torch.topk,
-which says nothing of them. Scores are BF16, -0 equals 0; NaN has no meaning, but brings no index that is not visible.
+T rows, N entries, K picks. Exact but for equal scores, of which the released inference code leaves the choice to
+torch.topk: the reference takes torch's own, so that it picks what outputs of that code hold; the kernel takes the
+smaller index, so that its picks are the same on every device. Scores are BF16, -0 equals 0; NaN and -inf have no
+meaning, but bring no index that is not visible.
 """
 
 import torch
@@ -11,25 +13,15 @@ import torch
 from v4quant.kernels._backend import require, use_triton
 
 MAX_K = 2048
-# Sort keys of a chunk of rows, int64.
-CHUNK_BYTES = 64 * 2**20
 
 
 def top_k_torch(scores: torch.Tensor, visible: torch.Tensor, k: int) -> torch.Tensor:
-    """Reference for top_k: same arguments, same indices, any device."""
+    """Reference for top_k: same arguments; of equal scores the ones that torch.topk takes on this device."""
     rows, entries = scores.shape
     out = torch.full((rows, k), -1, dtype=torch.int32, device=scores.device)
-    column = torch.arange(entries, device=scores.device)
-    chunk = max(1, CHUNK_BYTES // (8 * max(entries, 1)))
-    for start in range(0, rows, chunk):
-        part = slice(start, min(start + chunk, rows))
-        # Integers in the order of the scores, and the complement of the index below them: no two are equal.
-        bits = scores[part].view(torch.int16).long()
-        bits = torch.where(bits >= 0, bits, torch.where(bits == -0x8000, 0, -0x8000 - bits))
-        order = ((bits + 0x8000) << 32) | (0xFFFFFFFF - column)
-        order = torch.where(column < visible[part, None], order, -1)
-        best = order.topk(min(k, entries), 1).values
-        out[part, : best.shape[1]] = torch.where(best < 0, -1, 0xFFFFFFFF - (best & 0xFFFFFFFF)).to(torch.int32)
+    hidden = torch.arange(entries, device=scores.device) >= visible[:, None]
+    best = scores.masked_fill(hidden, -torch.inf).topk(min(k, entries), 1).indices  # [T, K]
+    out[:, : best.shape[1]] = torch.where(best < visible[:, None], best, -1)
     return out
 
 
