@@ -36,7 +36,7 @@ def test_only_picked_experts_are_read_and_each_once(products: Products) -> None:
         block = next(model.blocks(0, 1))
         before = model.reader.weights.bytes_read
         result = run_block(block, streams, schedule)
-        picked = len(result.router_indices.unique())
+        picked = len(set(result.router_indices.flatten().tolist()))
         assert 0 < picked < model.config.n_routed_experts
         assert model.reader.weights.bytes_read - before == picked * expert_bytes(0)
 
@@ -87,7 +87,9 @@ def test_a_missing_layer(tmp_path: Path) -> None:
     file = open_checkpoint(tmp_path / "copy").tensors["layers.4.attn.wq_a.weight"].file
     (tmp_path / "copy" / file).unlink()
     checkpoint = open_checkpoint(tmp_path / "copy")
-    with pytest.raises(CheckpointError, match=file):
+    with pytest.raises(
+        CheckpointError, match=r"num_hidden_layers 5, but 3 is stored[^$]*layers\.2\.hc_attn_fn: is missing"
+    ):
         StreamedModel(checkpoint)
 
 

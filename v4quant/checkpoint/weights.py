@@ -22,6 +22,10 @@ _CODES = {"I8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 _SCALES = {"F8_E8M0": torch.uint8, "F32": torch.float32}
 
 
+class Buffers(Scratch):
+    """Memory that matrices are read and decoded in, again and again; what lies in it lives until its next use."""
+
+
 class Weights:
     """The tensors of one checkpoint, read on demand; safe from any thread.
 
@@ -71,27 +75,27 @@ class Weights:
         self._read(entry, buffer, start * row_bytes)
         return torch.from_numpy(buffer).view(_DTYPES[entry.dtype]).reshape(stop - start, *entry.shape[1:])
 
-    def matrix(self, module: str, scratch: Scratch | None = None) -> torch.Tensor:
+    def matrix(self, module: str, buffers: Buffers | None = None) -> torch.Tensor:
         """A matrix that some release quantises, decoded: bfloat16 [out, in].
 
         Args:
             module: its name without ".weight".
-            scratch: buffers to read and decode in, else new ones; the result lives in them until the next use.
+            buffers: to read and decode in, else new ones; the result lives in them until their next use.
 
         Raises:
             CheckpointError: if there is none, it holds a number that is not finite, or BF16 cannot hold its values.
         """
         entry = self._entry(f"{module}.weight")
         encoding = self._encoding(entry)
-        if encoding == BF16 and scratch is None:
+        if encoding == BF16 and buffers is None:
             return self.tensor(entry.name)
-        scratch = scratch or Scratch()
-        stored = self._stored(entry, encoding, scratch)
+        buffers = buffers or Buffers()
+        stored = self._stored(entry, encoding, buffers)
         if encoding == BF16:
             return torch.from_numpy(stored.codes).view(torch.bfloat16)
-        decoded = scratch.array("decoded", stored.shape, codes_dtype(BF16))
+        decoded = buffers.array("decoded", stored.shape, codes_dtype(BF16))
         try:
-            check = cast(stored, Weight(BF16, decoded), scratch)
+            check = cast(stored, Weight(BF16, decoded), buffers)
         except NonFiniteError as error:
             raise CheckpointError(f"{entry.file}: {entry.name}: {error}", hint="The weights are damaged.") from error
         if check.inexact:
@@ -113,18 +117,18 @@ class Weights:
         """
         entry = self._entry(f"{module}.weight")
         encoding = self._encoding(entry)
-        stored = self._stored(entry, encoding, Scratch())
+        stored = self._stored(entry, encoding, Buffers())
         codes = torch.from_numpy(stored.codes).view(_CODES[encoding.weight_dtype])
         return codes, torch.from_numpy(stored.scales).view(_SCALES[encoding.scale_dtype])
 
-    def _stored(self, entry: TensorEntry, encoding: Encoding, scratch: Scratch) -> Weight:
-        """Codes, and scale where the encoding has one, read into scratch."""
-        codes = scratch.array("stored codes", entry.shape, codes_dtype(encoding))
+    def _stored(self, entry: TensorEntry, encoding: Encoding, buffers: Buffers) -> Weight:
+        """Codes, and scale where the encoding has one, read into buffers."""
+        codes = buffers.array("stored codes", entry.shape, codes_dtype(encoding))
         self._read(entry, codes)
         if encoding.block is None:
             return Weight(encoding, codes)
         scale_entry = self._entry(scale_name(entry.name))
-        scale = scratch.array("stored scale", scale_entry.shape, scale_dtype(encoding))
+        scale = buffers.array("stored scale", scale_entry.shape, scale_dtype(encoding))
         self._read(scale_entry, scale)
         return Weight(encoding, codes, scale)
 

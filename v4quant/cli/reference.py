@@ -49,6 +49,7 @@ def reference(
     """
     # torch loads here, so that `v4quant --help` need not wait for it.
     from v4quant.checkpoint.reader import open_checkpoint
+    from v4quant.model.device import device_named
     from v4quant.model.reference import Task, output_tensors, write_reference
     from v4quant.model.streaming import StreamedModel
 
@@ -60,7 +61,7 @@ def reference(
     _require_free_file(out, tokens, overwrite)
     if config.is_dspark:
         output.note(f"{plural(config.mtp_blocks, 'DSpark stage')} of {checkpoint.release}: not run")
-    with StreamedModel(checkpoint, _arithmetic(arithmetic, device), _device(device)) as model:
+    with StreamedModel(checkpoint, _arithmetic(arithmetic, device), device_named(device)) as model:
         steps = (
             task.last - task.first + 1 + sum(name in output_tensors(task, config) for name in ("logits", "mtp_logits"))
         )
@@ -108,16 +109,6 @@ def _arithmetic(activations: str, device: str) -> "Arithmetic":
     if activations not in (Activations.RELEASE, Activations.STORED):
         raise UsageError(f"--arithmetic is {activations!r}, expected release or stored")
     return Arithmetic(Activations(activations), Products.DECODED if device == "cpu" else Products.CODED)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name not in ("cpu", "cuda"):
-        raise UsageError(f"--device is {name!r}, expected cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device is cuda, but torch finds no GPU", hint="Run it with: --device cpu")
-    return name
 
 
 def _require_free_file(out: Path, tokens: Path, overwrite: bool) -> None:

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from v4quant.checkpoint.weights import Buffers
 from v4quant.encodings import BF16
-from v4quant.formats.cast import Scratch
 from v4quant.kernels.fp4_expert_gemm import ExpertWeights
 from v4quant.model.arithmetic import Activations, Products
 from v4quant.model.weights import Expert, Reader
@@ -76,7 +76,7 @@ class ExpertReader:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="experts")
-        self._buffers = [(Scratch(), Scratch(), Scratch()) for _ in range(_DEPTH)]
+        self._buffers = [(Buffers(), Buffers(), Buffers()) for _ in range(_DEPTH)]
 
     def close(self) -> None:
         """Stop the thread."""

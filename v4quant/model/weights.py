@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from v4quant.checkpoint.reader import Checkpoint
-from v4quant.checkpoint.weights import Weights
+from v4quant.checkpoint.weights import Buffers, Weights
 from v4quant.encodings import BF16
 from v4quant.errors import CheckpointError
-from v4quant.formats.cast import Scratch
 from v4quant.model.arithmetic import Activations, Arithmetic, Products
 from v4quant.names import block_prefix
 
@@ -130,12 +129,12 @@ class Reader:
         """A tensor in its stored dtype, on the run's device."""
         return self.weights.tensor(name).to(self.device)
 
-    def matrix(self, module: str, scratch: Scratch | None = None) -> Matrix:
+    def matrix(self, module: str, buffers: Buffers | None = None) -> Matrix:
         """A matrix that some release quantises, in the form of the run.
 
         Args:
             module: its name without ".weight".
-            scratch: buffers for a decoded matrix, which lives in them until their next use.
+            buffers: for a decoded matrix, which lives in them until their next use.
         """
         is_bf16 = self.weights.encoding(module) == BF16
         activations = self.arithmetic.activations
@@ -143,11 +142,11 @@ class Reader:
         if self.arithmetic.products is Products.CODED and not is_bf16 and rounds:
             codes, scale = self.weights.codes(module)
             return Matrix(codes.to(self.device), scale.to(self.device), rounds)
-        return Matrix(self.weights.matrix(module, scratch).to(self.device), None, rounds)
+        return Matrix(self.weights.matrix(module, buffers).to(self.device), None, rounds)
 
-    def expert(self, prefix: str, scratches: tuple[Scratch, Scratch, Scratch] | None = None) -> Expert:
+    def expert(self, prefix: str, buffers: tuple[Buffers, Buffers, Buffers] | None = None) -> Expert:
         """The three matrices of an expert; prefix as "layers.3.ffn.shared_experts."."""
-        one, two, three = scratches or (None, None, None)
+        one, two, three = buffers or (None, None, None)
         return Expert(
             self.matrix(f"{prefix}w1", one), self.matrix(f"{prefix}w2", two), self.matrix(f"{prefix}w3", three)
         )
