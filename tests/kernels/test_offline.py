@@ -35,6 +35,7 @@ MODULES = [
     "_indexer_key_cache_triton",
     "_indexer_scores_triton",
     "_kv_cache_triton",
+    "_query_norm_triton",
     "_rms_norm_triton",
     "_rope_triton",
     "_route_triton",
