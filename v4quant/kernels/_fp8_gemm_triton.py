@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from v4quant.kernels._gemm_launch import GemmLaunch, fp8_gemm_launch
+from v4quant.kernels._compile_case import TARGETS, CompileCase, Traffic
+from v4quant.kernels._gemm_launch import SCALE_BLOCK, GemmLaunch, fp8_gemm_launch
 from v4quant.kernels._gemm_triton import add_fp8_product, load_activations
-from v4quant.kernels._offline import TARGETS, CompileCase
 from v4quant.kernels._rounding_triton import bf16_bits
 from v4quant.kernels._target import target_of
 
@@ -88,27 +88,38 @@ _SIGNATURE = (
     | dict.fromkeys(["M", "N", "K"], "i32")
     | dict.fromkeys(["BLOCK_M", "BLOCK_N", "BLOCK_K", "PATH", "GROUP"], "constexpr")
 )
-# Tokens and columns; K is no compile-time constant. Scales are E8M0, or float32 in Base releases.
+# Tokens, columns, depth, and scales: E8M0, or float32 in Base releases.
 _SIZES = {
-    "Flash wkv, 1 token": (1, 512, "*u8"),
-    "Flash wq_b, 64 tokens": (64, 32768, "*u8"),
-    "Pro wq_b, 8,192 tokens": (8192, 65536, "*u8"),
-    "Pro-Base wo_b, 8,192 tokens": (8192, 7168, "*fp32"),
+    "Flash wkv, 1 token": (1, 512, 4096, "*u8"),
+    "Flash wq_b, 64 tokens": (64, 32768, 1024, "*u8"),
+    "Pro wq_b, 8,192 tokens": (8192, 65536, 1536, "*u8"),
+    "Pro-Base wo_b, 8,192 tokens": (8192, 7168, 16384, "*fp32"),
 }
 
 
+def _traffic(tokens: int, columns: int, depth: int, scale_bytes: int, choice: GemmLaunch) -> Traffic:
+    """Every tile reads its rows of both operands."""
+    across, along = -(-columns // choice.block_columns), -(-tokens // choice.block_tokens)
+    blocks = depth // SCALE_BLOCK
+    x, w, out = depth + blocks, depth, tokens * columns * 2
+    moved = across * along * (choice.block_tokens * x + choice.block_columns * w + blocks * scale_bytes) + out
+    return Traffic(moved, tokens * x + columns * w + -(-columns // SCALE_BLOCK) * blocks * scale_bytes + out)
+
+
 def _case(name: str, target: str) -> CompileCase:
-    tokens, columns, scale = _SIZES[name]
+    tokens, columns, depth, scale = _SIZES[name]
     choice = fp8_gemm_launch(tokens, columns, target)
     return CompileCase(
         f"fp8_gemm {choice.path} {name}",
         _fp8_gemm_kernel,
         _SIGNATURE | {"w_scale_ptr": scale},
         constants(choice),
+        _traffic(tokens, columns, depth, 1 if scale == "*u8" else 4, choice),
         frozenset({"M"}),
         choice.num_warps,
         choice.num_stages,
-        needs_mma=True,
+        multiplies=True,
+        weight="w_ptr",
         targets=(target,),
     )
 

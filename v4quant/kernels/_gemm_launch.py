@@ -61,8 +61,9 @@ def expert_launch(rows: int, experts: int, target: str, fp4: bool) -> GemmLaunch
     # The tile follows the mean: smaller ones decode weights again and again, larger ones multiply padding.
     block_tokens = min(_power_of_two(-(-rows // experts), least=16), 128)
     # Registers set the upper limits; offline compilation shows where they spill.
+    amd = target.startswith("gfx")
     if not fp4:
-        path, most = ("fp8", 64) if has_fp8_mma(target) else ("fp16", 32 if capability(target) else 16)
+        path, most = ("fp8", 64) if has_fp8_mma(target) else ("fp16", 64 if amd else 32)
         block_tokens = min(block_tokens, most)
         block_k = SCALE_BLOCK
     elif has_block_scaled_mma(target):
@@ -71,7 +72,9 @@ def expert_launch(rows: int, experts: int, target: str, fp4: bool) -> GemmLaunch
         hopper = capability(target) == 90
         path, block_tokens = "upcast", min(block_tokens, 128 if hopper else 64)
         block_k = 128 if block_tokens <= (64 if hopper else 16) else 64
-    return GemmLaunch(path, block_tokens, 128, block_k, 8, _stages(target, block_tokens))
+    # Four wavefronts of 64 lanes are as many threads as eight warps, with twice the registers.
+    num_warps = 4 if amd and block_tokens > 16 else 8
+    return GemmLaunch(path, block_tokens, 128, block_k, num_warps, _stages(target, block_tokens))
 
 
 def _stages(target: str, block_tokens: int) -> int:

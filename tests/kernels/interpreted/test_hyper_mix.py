@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from v4quant.kernels._hyper_mix_triton import ProjectLaunch, dims_per_program, plan
+from v4quant.kernels._hyper_mix_triton import ProjectLaunch, plan
+from v4quant.kernels._hyper_streams_triton import dims_per_program
 from v4quant.kernels.hyper_mix import (
     hyper_collapse,
     hyper_collapse_torch,
