@@ -44,6 +44,12 @@ def test_the_tile_follows_the_mean(rows: int, block: int) -> None:
     assert expert_launch(rows, 256, "sm_90", fp4=True).block_tokens == block
 
 
+@pytest.mark.parametrize(("rows", "warps"), [(6, 8), (12288, 4), (49152, 4)])
+def test_wavefronts_are_twice_as_wide_as_warps(rows: int, warps: int) -> None:
+    assert expert_launch(rows, 256, "gfx942", fp4=True).num_warps == warps
+    assert expert_launch(rows, 256, "sm_90", fp4=True).num_warps == 8
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_dense_tiles(target: str) -> None:
     one_token = fp8_gemm_launch(1, 512, target)

@@ -77,6 +77,7 @@ def test_extreme_sinks(sink: float) -> None:
 
 def test_choose() -> None:
     assert choose("sm_80") == choose("sm_90") == choose("sm_100") == Launch(heads=16, keys=64, num_warps=8)
+    assert choose("gfx942") == Launch(heads=16, keys=32, num_warps=4)
     assert choose("sm_89") == choose("sm_120") == Launch(heads=16, keys=32, num_warps=8)
 
 
