@@ -1,7 +1,8 @@
 """Triton bodies of fp4_expert_gemm: gate and up with SwiGLU and the quantiser, down, and the sum back to tokens.
 
 Programs find their tile by themselves from the experts' offsets: no table to build, and the grid depends on shapes
-alone.
+alone. No product is split along K: one token's six experts already make 192 tiles of down in Flash and 336 in Pro, more
+than any GPU has multiprocessors, and gate and up must see all of K before the SwiGLU.
 """
 
 from typing import Any

@@ -120,3 +120,13 @@ def add_fp8_product(acc, w_ptr, scale_ptr, row, k, K, x, x_scale, BLOCK_K: tl.co
     w = tl.load(w_ptr + row[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :])  # [BLOCK_N, 128]
     partial = tl.dot(w.to(tl.float8e4nv, bitcast=True) if PATH == "fp8" else e4m3_half(w), x)
     return acc + partial * (x_scale * load_scale(scale_ptr))[None, :]
+
+
+@triton.jit
+def add_scaled_fp8_product(
+    acc, w_ptr, scale_ptr, first, k, x, x_scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """The same by block-scaled instructions, which take E8M0 scales: w_ptr is a descriptor of [BLOCK_N, 128] bytes."""
+    tl.static_assert(BLOCK_K == 128, "one scale for a step of K")
+    scale = tl.full((BLOCK_N, BLOCK_K // 32), 0, tl.uint8) + tl.load(scale_ptr)
+    return tl.dot_scaled(w_ptr.load([first, k]), scale, "e4m3", x, x_scale, "e4m3", acc)
