@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from v4quant.kernels._compile_case import CompileCase, Traffic, once
-from v4quant.kernels._decoding_triton import e2m1_value, e4m3_value, e8m0_value
+from v4quant.kernels._decoding_triton import e2m1_value, e4m3_or_nan, e8m0_value
 from v4quant.kernels._rounding_triton import bf16_bits
 
 FP4_BLOCKS = 128
@@ -46,7 +46,7 @@ def _dequantize_fp8_kernel(code_ptr, scale_ptr, out_ptr, N, K, IS_E8M0: tl.const
     column = block * 128 + tl.arange(0, 128)  # [128]
     mask = (row < N)[:, None] & (column < K)[None, :]
     offset = row[:, None] * K + column
-    value = e4m3_value(tl.load(code_ptr + offset, mask=mask, other=0))  # [ROWS, 128]
+    value = e4m3_or_nan(tl.load(code_ptr + offset, mask=mask, other=0))  # [ROWS, 128]
     value *= _scale(scale_ptr, first // 128 * tl.cdiv(K, 128) + block, True, IS_E8M0)
     tl.store(out_ptr + offset, _bf16_or_nan(value), mask=mask)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from v4quant.kernels._compile_case import TOKENS, CompileCase, Traffic, once
-from v4quant.kernels._decoding_triton import e4m3_value
+from v4quant.kernels._decoding_triton import e4m3_or_nan
 from v4quant.kernels._rounding_triton import bf16_bits, e4m3_byte, e8m0_byte, from_bf16_bits, power_of_two
 from v4quant.kernels.kv_layout import PageLayout, kv_layout
 
@@ -116,7 +116,7 @@ def gather_fp8(
     rope = found[:, None, None] & (group == groups - 1)[:, None]
     wide = (page * (PAGE_BYTES // 2) + entry * (data_bytes // 2))[:, None, None] + column - (D - 64) // 2
     rope_bits = tl.load(wide_ptr + wide, mask=rope, other=0)
-    value = e4m3_value(code) * power_of_two(scale_byte)[:, :, None]  # exact in BF16
+    value = e4m3_or_nan(code) * power_of_two(scale_byte)[:, :, None]  # exact in BF16
     coded_bits = (value.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
     return tl.reshape(tl.where(rope, rope_bits, coded_bits), [slot.shape[0], D])
 
