@@ -24,6 +24,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/casts.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/inspect_.py
+	$(BIN)/python benchmarks/gpu_kernels.py
 
 docs: .venv/installed
 	$(BIN)/python -m tests.cli.command_reference > docs/cli.md

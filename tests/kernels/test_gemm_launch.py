@@ -23,7 +23,8 @@ TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gf
 def test_path(target: str, fp4: str, fp8: str) -> None:
     assert expert_launch(12288, 256, target, fp4=True).path == fp4
     assert expert_launch(12288, 256, target, fp4=False).path == fp8
-    assert fp8_gemm_launch(64, 4096, target).path == fp8
+    assert fp8_gemm_launch(64, 4096, 4096, target, e8m0=False).path == fp8
+    assert fp8_gemm_launch(64, 4096, 4096, target, e8m0=True).path == ("scaled" if fp4 == "scaled" else fp8)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -44,9 +45,41 @@ def test_the_tile_follows_the_mean(rows: int, block: int) -> None:
     assert expert_launch(rows, 256, "sm_90", fp4=True).block_tokens == block
 
 
+@pytest.mark.parametrize(("rows", "warps"), [(6, 8), (12288, 4), (49152, 4)])
+def test_wavefronts_are_twice_as_wide_as_warps(rows: int, warps: int) -> None:
+    assert expert_launch(rows, 256, "gfx942", fp4=True).num_warps == warps
+    assert expert_launch(rows, 256, "sm_90", fp4=True).num_warps == 8
+
+
+@pytest.mark.parametrize("e8m0", [True, False])
 @pytest.mark.parametrize("target", TARGETS)
-def test_dense_tiles(target: str) -> None:
-    one_token = fp8_gemm_launch(1, 512, target)
-    assert (one_token.block_tokens, one_token.block_columns) == (16, 64)
-    many = fp8_gemm_launch(8192, 65536, target)
-    assert (many.block_tokens, many.block_columns) == (64, 128)
+def test_dense_tiles(target: str, e8m0: bool) -> None:
+    one_token = fp8_gemm_launch(1, 512, 4096, target, e8m0)
+    scaled = one_token.path == "scaled"
+    assert (one_token.block_tokens, one_token.block_columns) == (16, 128 if scaled else 64)
+    many = fp8_gemm_launch(8192, 65536, 1536, target, e8m0)
+    expected = {"sm_80": (128, 128), "sm_90": (256, 64), "sm_100": (256, 64), "gfx942": (128, 128)}
+    assert (many.block_tokens, many.block_columns) == ((128, 128) if scaled else expected.get(target, (64, 128)))
+    assert many.splits == 1
+
+
+def test_large_tiles_need_many_tokens_and_tiles() -> None:
+    assert fp8_gemm_launch(255, 65536, 1536, "sm_90", e8m0=True).block_tokens == 64
+    assert fp8_gemm_launch(1024, 512, 4096, "sm_90", e8m0=True).block_tokens == 64
+    assert fp8_gemm_launch(4096, 512, 4096, "sm_90", e8m0=True).block_tokens == 256
+
+
+@pytest.mark.parametrize(
+    ("tokens", "columns", "depth", "splits"),
+    [
+        (1, 512, 4096, 8),
+        (1, 1536, 7168, 4),
+        (64, 512, 4096, 8),
+        (1, 32768, 1024, 1),
+        (1, 512, 256, 1),
+        (1, 64, 65536, 128),
+    ],
+)
+def test_few_tiles_split_k(tokens: int, columns: int, depth: int, splits: int) -> None:
+    assert fp8_gemm_launch(tokens, columns, depth, "sm_90", e8m0=True).splits == splits
+    assert fp8_gemm_launch(tokens, columns, depth, "interpreter", e8m0=True).splits == 1

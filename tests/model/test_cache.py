@@ -68,6 +68,16 @@ def test_the_window_of_a_long_sequence_stays_small() -> None:
     assert cache.bytes <= 4 * OPS.kv_codec(256).empty_pages(1, CPU).nbytes
 
 
+def test_what_the_next_token_looks_at_is_kept() -> None:
+    cache = BlockCache(CONFIG, 0, OPS, 1)
+    for first in range(0, 1000, 50):
+        chunk = Chunk.of([(0, first, torch.zeros(50, dtype=torch.int64))])
+        cache.reserve(chunk)
+        cache.trim(chunk)
+        seen = torch.arange(max(first + 50 - CONFIG.sliding_window + 1, 0), first + 50, dtype=torch.int32)[None]
+        assert bool((cache.window.picked(torch.zeros(1, dtype=torch.int32), seen).indices >= 0).all()), first
+
+
 def test_bytes_of_the_production_layout() -> None:
     """584 bytes a KV entry and 68 a key at the released sizes, padded pages as serving engines have them."""
     from v4quant.kernels.kv_layout import key_layout, kv_layout

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from v4quant.kernels._compile_case import TOKENS, CompileCase, once
 from v4quant.kernels._decoding_triton import e2m1_value
-from v4quant.kernels._offline import CompileCase
 from v4quant.kernels._rounding_triton import bf16_bits, e2m1_code, e8m0_byte, from_bf16_bits, power_of_two
 
 BLOCKS = 128
@@ -71,15 +71,22 @@ def launch_round(x: torch.Tensor) -> torch.Tensor:
 
 _SIZES = {"COUNT": "i32", "BLOCKS": "constexpr"}
 _ODD = frozenset({"COUNT"})
+_COUNT = TOKENS * 64 * 128 // 32  # blocks of the indexer's queries, 64 heads of 128
 COMPILE_CASES = [
     CompileCase(
         "act_quant_fp4",
         _act_quant_fp4_kernel,
         {"x_ptr": "*u16", "packed_ptr": "*u8", "scale_ptr": "*u8", **_SIZES},
         {"BLOCKS": BLOCKS},
+        once(_COUNT * (64 + 16 + 1)),
         _ODD,
     ),
     CompileCase(
-        "act_round_fp4", _act_round_fp4_kernel, {"x_ptr": "*u16", "out_ptr": "*u16", **_SIZES}, {"BLOCKS": BLOCKS}, _ODD
+        "act_round_fp4",
+        _act_round_fp4_kernel,
+        {"x_ptr": "*u16", "out_ptr": "*u16", **_SIZES},
+        {"BLOCKS": BLOCKS},
+        once(_COUNT * (64 + 64)),
+        _ODD,
     ),
 ]

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from v4quant.kernels._offline import CompileCase
+from v4quant.kernels._compile_case import TOKENS, CompileCase, once
 from v4quant.kernels._rounding_triton import e4m3_byte, e8m0_byte, from_bf16_bits, power_of_two
 
 ROWS = 16
@@ -53,6 +53,13 @@ _SIGNATURE = {
     "BLOCK": "constexpr",
 }
 COMPILE_CASES = [
-    CompileCase(f"act_quant_fp8 {block}", _act_quant_fp8_kernel, _SIGNATURE, {"ROWS": ROWS, "BLOCK": block}, _ODD)
+    CompileCase(
+        f"act_quant_fp8 {block}",
+        _act_quant_fp8_kernel,
+        _SIGNATURE,
+        {"ROWS": ROWS, "BLOCK": block},
+        once(TOKENS * 4096 // block * (block * (2 + 1) + 1)),  # Flash's hidden size
+        _ODD,
+    )
     for block in (64, 128)
 ]

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from v4quant.kernels._offline import CompileCase
+from v4quant.kernels._compile_case import TOKENS, CompileCase, Traffic
 from v4quant.kernels._rounding_triton import bf16_bits
 from v4quant.kernels.compress_kv import OVERLAPPING_RATIO, CompressorState
 
@@ -152,6 +152,23 @@ _APPEND = {
     "ROWS": "constexpr",
     "BLOCK": "constexpr",
 }
+
+
+def _compress_traffic(ratio: int, parts: int) -> Traffic:
+    """Of the entries of a prefill chunk; windows that overlap read every token for two of them."""
+    entries, count = TOKENS // ratio, parts * ratio
+    places = 8 * count + 12  # sequence and position of each token, of the last one, and where that is
+    moved = entries * (count * 512 * 3 * 4 + 512 * 2 + 512 // COLUMNS * places)
+    return Traffic(moved, TOKENS * (parts * 512 * 2 * 4 + 8) + ratio * parts * 512 * 4 + entries * (512 * 2 + 4))
+
+
+def _append_traffic(ratio: int, parts: int) -> Traffic:
+    """Of a decode step of 64 sequences: kv, score and ape read, kv and score written."""
+    row = parts * 512 * 4
+    programs = row // 4 // APPEND_COLUMNS
+    return Traffic(64 * (5 * row + 16 * programs), 64 * (4 * row + 8) + min(64, ratio) * row)
+
+
 COMPILE_CASES = [
     case
     for ratio in (4, 128)
@@ -162,6 +179,7 @@ COMPILE_CASES = [
             _compress_kv_kernel,
             _COMPRESS,
             {"R": ratio, "PARTS": parts, "COLUMNS": COLUMNS},
+            _compress_traffic(ratio, parts),
             num_warps=NUM_WARPS[ratio],
         ),
         CompileCase(
@@ -169,6 +187,7 @@ COMPILE_CASES = [
             _compressor_append_kernel,
             _APPEND,
             {"R": ratio, "ROWS": parts * ratio, "BLOCK": APPEND_COLUMNS},
+            _append_traffic(ratio, parts),
             frozenset({"T"}),
         ),
     )

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from v4quant.kernels._decoding_triton import e2m1_value, e4m3_value, e8m0_value
-from v4quant.kernels._offline import CompileCase
+from v4quant.kernels._compile_case import CompileCase, Traffic, once
+from v4quant.kernels._decoding_triton import e2m1_value, e4m3_or_nan, e8m0_value
 from v4quant.kernels._rounding_triton import bf16_bits
 
 FP4_BLOCKS = 128
@@ -46,7 +46,7 @@ def _dequantize_fp8_kernel(code_ptr, scale_ptr, out_ptr, N, K, IS_E8M0: tl.const
     column = block * 128 + tl.arange(0, 128)  # [128]
     mask = (row < N)[:, None] & (column < K)[None, :]
     offset = row[:, None] * K + column
-    value = e4m3_value(tl.load(code_ptr + offset, mask=mask, other=0))  # [ROWS, 128]
+    value = e4m3_or_nan(tl.load(code_ptr + offset, mask=mask, other=0))  # [ROWS, 128]
     value *= _scale(scale_ptr, first // 128 * tl.cdiv(K, 128) + block, True, IS_E8M0)
     tl.store(out_ptr + offset, _bf16_or_nan(value), mask=mask)
 
@@ -83,9 +83,26 @@ def _cases(is_e8m0: bool) -> list[CompileCase]:
     scale = {"scale_ptr": "*u8" if is_e8m0 else "*fp32", "out_ptr": "*u16"}
     fp4 = {"packed_ptr": "*u8", **scale, "COUNT": "i32", "IS_E8M0": "constexpr", "BLOCKS": "constexpr"}
     fp8 = {"code_ptr": "*u8", **scale, "N": "i32", "K": "i32", "IS_E8M0": "constexpr", "ROWS": "constexpr"}
+    # An expert of Flash, and wo_b of Pro; each program reads the scale of its tile, the only one.
+    scale_bytes = 1 if is_e8m0 else 4
+    blocks, elements = 2048 * 4096 // 32, 7168 * 16384
+    scales = elements // (128 * 128) * scale_bytes
+    moved = Traffic(3 * elements + 128 // FP8_ROWS * scales, 3 * elements + scales)
     return [
-        CompileCase(f"dequantize_fp4 {name}", _dequantize_fp4_kernel, fp4, {"IS_E8M0": is_e8m0, "BLOCKS": FP4_BLOCKS}),
-        CompileCase(f"dequantize_fp8 {name}", _dequantize_fp8_kernel, fp8, {"IS_E8M0": is_e8m0, "ROWS": FP8_ROWS}),
+        CompileCase(
+            f"dequantize_fp4 {name}",
+            _dequantize_fp4_kernel,
+            fp4,
+            {"IS_E8M0": is_e8m0, "BLOCKS": FP4_BLOCKS},
+            once(blocks * (16 + scale_bytes + 64)),
+        ),
+        CompileCase(
+            f"dequantize_fp8 {name}",
+            _dequantize_fp8_kernel,
+            fp8,
+            {"IS_E8M0": is_e8m0, "ROWS": FP8_ROWS},
+            moved,
+        ),
     ]
 
 

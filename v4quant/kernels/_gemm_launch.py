@@ -16,12 +16,13 @@ class GemmLaunch:
     """A tile and the way it is multiplied.
 
     Attributes:
-        path: "upcast": FP4 weights and E4M3 activations decoded to BF16 with their scales; "scaled": both left as they
+        path: "upcast": FP4 weights and E4M3 activations decoded to BF16 with their scales; "scaled": codes left as they
             are, tl.dot_scaled; "fp8": E4M3 matrix instruction, scales applied every 128 of K; "fp16": the same sums
             where there is none, E4M3 decoded to FP16 by integer operations.
         block_tokens: tokens of a tile.
         block_columns: weight rows of a tile, which are columns of the output.
         block_k: K of a step.
+        splits: programs that share the K of a tile; their sums are added in order afterwards.
     """
 
     path: str
@@ -30,23 +31,53 @@ class GemmLaunch:
     block_k: int
     num_warps: int
     num_stages: int
+    splits: int = 1
 
 
-def fp8_gemm_launch(tokens: int, columns: int, target: str) -> GemmLaunch:
+# Tiles of a GPU that keep it busy: about one for each multiprocessor (108 on A100, 132 on H100, 148 on B200).
+_BUSY = 128
+# Tokens, columns and warps of the largest tile whose two accumulators, the sum and the 128 columns at hand, spill
+# nothing; elsewhere it is that of 64 tokens and 128 columns.
+_LARGE_TILES = {"sm_80": (128, 128, 8), "sm_90": (256, 64, 8), "sm_100": (256, 64, 8), "gfx942": (128, 128, 4)}
+
+
+def fp8_gemm_launch(tokens: int, columns: int, depth: int, target: str, e8m0: bool) -> GemmLaunch:
     """Tiles of fp8_gemm.
 
     Args:
         tokens: M.
         columns: N.
+        depth: K.
         target: as target_of names it.
+        e8m0: whether weight scales are powers of two; else float32, which no matrix instruction applies.
     """
-    path = "fp8" if has_fp8_mma(target) else "fp16"
-    # Two accumulators, the sum and the 128 columns at hand: tiles of 128 tokens spill registers.
-    block_tokens = min(_power_of_two(tokens, least=16), 64)
-    # Few tiles leave most of a GPU idle (132 multiprocessors on H100): halve them.
-    wide = -(-columns // 128) * -(-tokens // block_tokens) >= 128
+    block_tokens, block_columns = min(_power_of_two(tokens, least=16), 64), 128
+    num_warps = 8
+    if e8m0 and has_block_scaled_mma(target):
+        path, block_tokens = "scaled", min(_power_of_two(tokens, least=16), 128)
+    else:
+        path = "fp8" if has_fp8_mma(target) else "fp16"
+        large = _LARGE_TILES.get(target)
+        if large and _tiles(tokens, columns, *large[:2]) >= _BUSY and tokens >= large[0]:
+            block_tokens, block_columns, num_warps = large
+        elif _tiles(tokens, columns, block_tokens, block_columns) < _BUSY:
+            block_columns, num_warps = 64, 4
+    tiles = _tiles(tokens, columns, block_tokens, block_columns)
+    splits = 1 if target == "interpreter" else _splits(tiles, depth // SCALE_BLOCK)
     stages = _stages(target, block_tokens)
-    return GemmLaunch(path, block_tokens, 128 if wide else 64, SCALE_BLOCK, 8 if wide else 4, stages)
+    return GemmLaunch(path, block_tokens, block_columns, SCALE_BLOCK, num_warps, stages, splits)
+
+
+def _tiles(tokens: int, columns: int, block_tokens: int, block_columns: int) -> int:
+    return -(-columns // block_columns) * -(-tokens // block_tokens)
+
+
+def _splits(tiles: int, steps: int) -> int:
+    """A power of two that makes a GPU busy with few tiles, and leaves four steps along K to each program."""
+    splits = 1
+    while 2 * splits * tiles <= _BUSY and steps >= 8 * splits:
+        splits *= 2
+    return splits
 
 
 def expert_launch(rows: int, experts: int, target: str, fp4: bool) -> GemmLaunch:
@@ -61,8 +92,9 @@ def expert_launch(rows: int, experts: int, target: str, fp4: bool) -> GemmLaunch
     # The tile follows the mean: smaller ones decode weights again and again, larger ones multiply padding.
     block_tokens = min(_power_of_two(-(-rows // experts), least=16), 128)
     # Registers set the upper limits; offline compilation shows where they spill.
+    amd = target.startswith("gfx")
     if not fp4:
-        path, most = ("fp8", 64) if has_fp8_mma(target) else ("fp16", 32 if capability(target) else 16)
+        path, most = ("fp8", 64) if has_fp8_mma(target) else ("fp16", 64 if amd else 32)
         block_tokens = min(block_tokens, most)
         block_k = SCALE_BLOCK
     elif has_block_scaled_mma(target):
@@ -71,7 +103,9 @@ def expert_launch(rows: int, experts: int, target: str, fp4: bool) -> GemmLaunch
         hopper = capability(target) == 90
         path, block_tokens = "upcast", min(block_tokens, 128 if hopper else 64)
         block_k = 128 if block_tokens <= (64 if hopper else 16) else 64
-    return GemmLaunch(path, block_tokens, 128, block_k, 8, _stages(target, block_tokens))
+    # Four wavefronts of 64 lanes are as many threads as eight warps, with twice the registers.
+    num_warps = 4 if amd and block_tokens > 16 else 8
+    return GemmLaunch(path, block_tokens, 128, block_k, num_warps, _stages(target, block_tokens))
 
 
 def _stages(target: str, block_tokens: int) -> int:

@@ -1,38 +1,12 @@
 """What the quantised matrix products share: decoding E2M1, E4M3 and E8M0 in registers, one step along K.
 
-Tiles are transposed: acc is [BLOCK_N weight rows, BLOCK_M tokens]. Decoding is exact, and leaner than that of
-_decoding_triton.py, because every weight is decoded again for every tile of tokens: it shifts a code's bits into a
-larger float, which makes the value times a power of two, subnormals included, and multiplies that away. NaN codes are
-not expected.
+Tiles are transposed: acc is [BLOCK_N weight rows, BLOCK_M tokens]. NaN codes are not expected.
 """
 
 import triton
 import triton.language as tl
 
-from v4quant.kernels._decoding_triton import e8m0_value
-
-
-@triton.jit
-def e2m1_value(code):
-    """float32 of an E2M1 code; bits above the fourth do not matter."""
-    bits = code.to(tl.uint32)
-    shifted = ((bits & 7) << 22) | ((bits & 8) << 28)
-    return shifted.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
-
-
-@triton.jit
-def e4m3_value(byte):
-    """float32 of a finite E4M3 byte."""
-    bits = byte.to(tl.uint32)
-    shifted = ((bits & 0x7F) << 20) | ((bits & 0x80) << 24)
-    return shifted.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-
-
-@triton.jit
-def e4m3_half(byte):
-    """float16 of a finite E4M3 byte times 2^-8; exact, FP16's subnormals reach 2^-24."""
-    bits = byte.to(tl.uint16)
-    return (((bits & 0x7F) << 7) | ((bits & 0x80) << 8)).to(tl.float16, bitcast=True)
+from v4quant.kernels._decoding_triton import e2m1_value, e4m3_half, e4m3_value, e8m0_value
 
 
 @triton.jit
@@ -120,3 +94,13 @@ def add_fp8_product(acc, w_ptr, scale_ptr, row, k, K, x, x_scale, BLOCK_K: tl.co
     w = tl.load(w_ptr + row[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :])  # [BLOCK_N, 128]
     partial = tl.dot(w.to(tl.float8e4nv, bitcast=True) if PATH == "fp8" else e4m3_half(w), x)
     return acc + partial * (x_scale * load_scale(scale_ptr))[None, :]
+
+
+@triton.jit
+def add_scaled_fp8_product(
+    acc, w_ptr, scale_ptr, first, k, x, x_scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """The same by block-scaled instructions, which take E8M0 scales: w_ptr is a descriptor of [BLOCK_N, 128] bytes."""
+    tl.static_assert(BLOCK_K == 128, "one scale for a step of K")
+    scale = tl.full((BLOCK_N, BLOCK_K // 32), 0, tl.uint8) + tl.load(scale_ptr)
+    return tl.dot_scaled(w_ptr.load([first, k]), scale, "e4m3", x, x_scale, "e4m3", acc)

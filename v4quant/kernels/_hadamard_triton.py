@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from v4quant.kernels._offline import CompileCase
+from v4quant.kernels._compile_case import TOKENS, CompileCase, once
 from v4quant.kernels._rounding_triton import bf16_bits, from_bf16_bits
 
 TILE = 4096  # elements of a program
@@ -58,4 +58,14 @@ _SIGNATURE = {
     "M": "i32",
     **dict.fromkeys(["ROWS", "D", "STAGES", "SCALE"], "constexpr"),
 }
-COMPILE_CASES = [CompileCase("hadamard 128", _hadamard_kernel, _SIGNATURE, _constants(128), frozenset({"M"}))]
+# The indexer's queries, 64 heads of 128.
+COMPILE_CASES = [
+    CompileCase(
+        "hadamard 128",
+        _hadamard_kernel,
+        _SIGNATURE,
+        _constants(128),
+        once(TOKENS * 64 * 128 * (2 + 2)),
+        frozenset({"M"}),
+    )
+]

@@ -1,4 +1,4 @@
-"""Triton bodies of hyper_mix: project (split along columns), gate (a tile of tokens), and two that move the streams.
+"""Triton bodies of hyper_mix that find the mixes: project (split along columns) and gate (a tile of tokens).
 
 The projection's partial sums are added in order by the gate, without atomics: bits do not change from run to run.
 """
@@ -10,14 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from v4quant.kernels._offline import CompileCase
-from v4quant.kernels._rounding_triton import bf16_bits, from_bf16_bits
+from v4quant.kernels._compile_case import TARGETS, TOKENS, CompileCase, Traffic
+from v4quant.kernels._hyper_streams_triton import weighted_sum
+from v4quant.kernels._rounding_triton import from_bf16_bits
 from v4quant.kernels._target import capability, target_of
 
 # Columns of a partial sum: decode of one token still fills 16 (Flash) or 28 (Pro) multiprocessors.
 SPLIT = 1024
 GATE_TOKENS = 32  # of one warp
-MAX_DIMS = 1024  # of a program that moves streams
 
 
 @triton.jit
@@ -108,32 +108,6 @@ def _gate_kernel(
         tl.store(comb_ptr + offset, tl.reshape(comb, [TOKENS, S * S]), mask=mask[:, None])
 
 
-@triton.jit
-def _collapse_kernel(x_ptr, pre_ptr, out_ptr, D, S: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    dim = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    mask = dim < D
-    y = tl.zeros([BLOCK], tl.float32)
-    for j in tl.static_range(S):
-        x = from_bf16_bits(tl.load(x_ptr + (token * S + j) * D + dim, mask=mask, other=0))
-        y += tl.load(pre_ptr + token * S + j) * x
-    tl.store(out_ptr + token * D + dim, bf16_bits(y), mask=mask)
-
-
-@triton.jit
-def _combine_kernel(f_ptr, x_ptr, post_ptr, comb_ptr, out_ptr, D, S: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    dim = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    mask = dim < D
-    k = tl.arange(0, S)  # [S], streams written
-    f = from_bf16_bits(tl.load(f_ptr + token * D + dim, mask=mask, other=0))
-    y = tl.load(post_ptr + token * S + k)[:, None] * f[None, :]  # [S, BLOCK]
-    for j in tl.static_range(S):
-        x = from_bf16_bits(tl.load(x_ptr + (token * S + j) * D + dim, mask=mask, other=0))
-        y += tl.load(comb_ptr + (token * S + j) * S + k)[:, None] * x[None, :]
-    tl.store(out_ptr + (token * S + k[:, None]) * D + dim, bf16_bits(y), mask=mask[None, :])
-
-
 @dataclass(frozen=True)
 class ProjectLaunch:
     """Tile of tokens, rows of fn (padded) and columns a step, and how FP32 products are made."""
@@ -153,14 +127,11 @@ def plan(tokens: int, rows: int, target: str) -> ProjectLaunch:
     """
     precision = "tf32x3" if capability(target) >= 80 else "ieee"
     tile, block = (16, 64) if tokens <= 1024 else (64, 32)
+    if target.startswith("gfx"):
+        block = 64  # 4 rows of fn in wide loads by the 64 lanes of its wavefronts
     if target == "interpreter":
         tile, block = 64, 512  # it takes its time by the operation, not by the element
     return ProjectLaunch(tile, max(16, triton.next_power_of_2(rows)), block, precision, num_warps=4, num_stages=3)
-
-
-def dims_per_program(dims: int) -> int:
-    """Dims of one token that a program moves."""
-    return min(MAX_DIMS, int(triton.next_power_of_2(dims)))
 
 
 def launch_mix(
@@ -177,26 +148,14 @@ def launch_mix(
     post = torch.empty(tokens, streams, dtype=torch.float32, device=x.device)
     comb = torch.empty(tokens, streams, streams, dtype=torch.float32, device=x.device)
     pre = _gates(x, fn, scale, base, norm_eps, eps, iterations, (post, comb))
-    return _weighted_sum(x, pre), post, comb
+    return weighted_sum(x, pre), post, comb
 
 
 def launch_collapse(
     x: torch.Tensor, fn: torch.Tensor, scale: torch.Tensor, base: torch.Tensor, norm_eps: float, eps: float
 ) -> torch.Tensor:
     """Run hyper_collapse; arguments are checked."""
-    return _weighted_sum(x, _gates(x, fn, scale, base, norm_eps, eps, 1, None))
-
-
-def launch_combine(f: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
-    """Run hyper_combine; arguments are checked."""
-    tokens, streams, dims = x.shape
-    out = torch.empty_like(x)
-    if tokens:
-        block = dims_per_program(dims)
-        kernel: Any = _combine_kernel[(tokens, triton.cdiv(dims, block))]
-        views = (f.view(torch.uint16), x.view(torch.uint16), post, comb, out.view(torch.uint16))
-        kernel(*views, dims, S=streams, BLOCK=block, enable_fp_fusion=False)
-    return out
+    return weighted_sum(x, _gates(x, fn, scale, base, norm_eps, eps, 1, None))
 
 
 def _gates(
@@ -245,16 +204,6 @@ def _project_constants(how: ProjectLaunch) -> dict[str, Any]:
     return {**sizes, "PRECISION": how.precision}
 
 
-def _weighted_sum(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
-    tokens, streams, dims = x.shape
-    out = torch.empty(tokens, dims, dtype=torch.bfloat16, device=x.device)
-    if tokens:
-        block = dims_per_program(dims)
-        kernel: Any = _collapse_kernel[(tokens, triton.cdiv(dims, block))]
-        kernel(x.view(torch.uint16), pre, out.view(torch.uint16), dims, S=streams, BLOCK=block, enable_fp_fusion=False)
-    return out
-
-
 _PROJECT = {
     "x_ptr": "*u16",
     "fn_ptr": "*fp32",
@@ -275,17 +224,20 @@ _GATE = {
     **dict.fromkeys(["N", "S", "TOKENS", "ONLY_PRE"], "constexpr"),
 }
 _GATE_ODD = frozenset({"T", "SPLITS", "norm_eps", "eps", "iterations"})
-_COLLAPSE = {"x_ptr": "*u16", "pre_ptr": "*fp32", "out_ptr": "*u16", "D": "i32", "S": "constexpr", "BLOCK": "constexpr"}
-_COMBINE = {
-    "f_ptr": "*u16",
-    "x_ptr": "*u16",
-    "post_ptr": "*fp32",
-    "comb_ptr": "*fp32",
-    "out_ptr": "*u16",
-    "D": "i32",
-    "S": "constexpr",
-    "BLOCK": "constexpr",
-}
+
+
+def _project_traffic(tokens: int, rows: int, how: ProjectLaunch) -> Traffic:
+    """Of Flash's streams, 4 x 4096: tiles of tokens read fn again, and columns give partial sums."""
+    columns = 4 * 4096
+    x, fn, sums = tokens * columns * 2, rows * columns * 4, tokens * (rows + 1) * 4
+    return Traffic(x + -(-tokens // how.tokens) * fn + columns // SPLIT * sums, x + fn + sums)
+
+
+def _gate_traffic(rows: int, scales: int, gates: int) -> Traffic:
+    """Partial sums of Flash's 16 splits in, `gates` numbers a token out; programs read scale and base."""
+    tokens = TOKENS * (16 * (rows + 1) + gates) * 4
+    shared = (scales + rows) * 4
+    return Traffic(tokens + TOKENS // GATE_TOKENS * shared, tokens + shared)
 
 
 def _project_case(tokens: int, rows: int, target: str) -> CompileCase:
@@ -295,33 +247,30 @@ def _project_case(tokens: int, rows: int, target: str) -> CompileCase:
         _project_kernel,
         _PROJECT,
         {"N": rows, **_project_constants(how)},
+        _project_traffic(tokens, rows, how),
         frozenset({"T"}),
         how.num_warps,
         how.num_stages,
-        needs_mma=True,
+        multiplies=True,
+        # The rows of wgmma and tcgen05 are 64 tokens, which decode does not have.
+        mma={"sm_90": "mma", "sm_100": "mma"} if how.tokens < 64 else {},
+        weight="fn_ptr",
         targets=(target,),
     )
 
 
-_MOVE = {"S": 4, "BLOCK": MAX_DIMS}
 COMPILE_CASES = [
-    *(
-        _project_case(tokens, rows, target)
-        for tokens in (1, 4096)
-        for rows in (24, 4)
-        for target in ("sm_80", "sm_90", "sm_100")
-    ),
+    *(_project_case(tokens, rows, target) for tokens in (1, 4096) for rows in (24, 4) for target in TARGETS),
     *(
         CompileCase(
             f"hyper_mix gate{' collapse' if only_pre else ''}",
             _gate_kernel,
             _GATE,
-            {"N": 4 if only_pre else 24, "S": 4, "TOKENS": GATE_TOKENS, "ONLY_PRE": only_pre},
+            {"N": rows, "S": 4, "TOKENS": GATE_TOKENS, "ONLY_PRE": only_pre},
+            _gate_traffic(rows, scales, gates),
             _GATE_ODD,
             num_warps=1,
         )
-        for only_pre in (False, True)
+        for only_pre, rows, scales, gates in ((False, 24, 3, 4 + 4 + 16), (True, 4, 1, 4))
     ),
-    CompileCase("hyper_mix collapse", _collapse_kernel, _COLLAPSE, _MOVE),
-    CompileCase("hyper_combine", _combine_kernel, _COMBINE, _MOVE),
 ]

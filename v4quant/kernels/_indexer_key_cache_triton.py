@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from v4quant.kernels._compile_case import TOKENS, CompileCase, Traffic, once
 from v4quant.kernels._decoding_triton import e2m1_value
 from v4quant.kernels._kv_cache_triton import constants, rms_norm_tile, rotate_tile
-from v4quant.kernels._offline import CompileCase
 from v4quant.kernels._rounding_triton import bf16_bits, e2m1_code, e8m0_byte, from_bf16_bits, power_of_two
 from v4quant.kernels.kv_layout import PageLayout, key_layout
 
@@ -156,12 +156,16 @@ _READ = {
     "T": "i32",
     **dict.fromkeys(["ENTRIES", "PAGE_BYTES", "SCALES", "D", "ROWS"], "constexpr"),
 }
+# Compressed entries of a prefill chunk.
+_COUNT = TOKENS // 4
+_WRITTEN = _COUNT * (128 * 2 + 64 * 4 + 4 + key_layout(64).data_bytes + key_layout(64).scale_bytes)
 COMPILE_CASES = [
     CompileCase(
         "indexer_key_write_fp4",
         _indexer_key_write_fp4_kernel,
         _WRITE,
         _write_constants(key_layout(64), 128, is_bf16=False),
+        Traffic(_WRITTEN + _COUNT // WRITE_ROWS * 128 * 4, _WRITTEN + 128 * 4),
         frozenset({"T", "eps"}),
         num_warps=1,
     ),
@@ -170,6 +174,7 @@ COMPILE_CASES = [
         _indexer_key_read_fp4_kernel,
         _READ,
         {**constants(key_layout(64)), "D": 128, "ROWS": READ_ROWS},
+        once(_COUNT * (4 + key_layout(64).data_bytes + key_layout(64).scale_bytes + 128 * 2)),
         frozenset({"T"}),
     ),
 ]

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from v4quant.kernels._offline import CompileCase
+from v4quant.kernels._compile_case import CompileCase, Traffic
 from v4quant.kernels._operand_triton import INTERPRETED, operand
 from v4quant.kernels._rounding_triton import bf16_bits, from_bf16_bits
 
@@ -89,7 +89,17 @@ def _constants(tile: Launch, dim: int) -> dict[str, int]:
     return {"QUERIES": tile.queries, "KEYS": KEYS, "HEADS": tile.heads, "DIM": dim}
 
 
-def _case(name: str, queries: int) -> CompileCase:
+def _traffic(queries: int, entries: int, tile: Launch) -> Traffic:
+    """Tiles of queries read all keys again, tiles of keys all queries; 64 heads of 128, everything visible."""
+    query_tiles, key_tiles = -(-queries // tile.queries), -(-entries // KEYS)
+    query_bytes = queries * (64 * (128 * 2 + 2) + 4)
+    key_bytes, out_bytes = entries * 128 * 2, queries * entries * 2
+    # What a program may see is read once for the tile and once for each query.
+    moved = query_tiles * key_bytes + key_tiles * (query_bytes + queries * 4) + out_bytes
+    return Traffic(moved, key_bytes + query_bytes + out_bytes)
+
+
+def _case(name: str, queries: int, entries: int) -> CompileCase:
     tile = choose(queries, 64)
     constants = {**_constants(tile, 128), "FLOAT32": False}
     signature = {
@@ -102,8 +112,18 @@ def _case(name: str, queries: int) -> CompileCase:
         **dict.fromkeys(constants, "constexpr"),
     }
     odd = frozenset({"T", "N"})
-    return CompileCase(name, _indexer_scores_kernel, signature, constants, odd, tile.num_warps, needs_mma=True)
+    return CompileCase(
+        name,
+        _indexer_scores_kernel,
+        signature,
+        constants,
+        _traffic(queries, entries, tile),
+        odd,
+        tile.num_warps,
+        multiplies=True,
+        weight="key_ptr",
+    )
 
 
-# 64 heads of 128 in Flash and in Pro.
-COMPILE_CASES = [_case("indexer_scores prefill", 1024), _case("indexer_scores decode", 1)]
+# 64 heads of 128 in Flash and in Pro; a chunk of 1,024 tokens after 15,360 others, and one token after 1,048,575.
+COMPILE_CASES = [_case("indexer_scores prefill", 1024, 4096), _case("indexer_scores decode", 1, 2**18)]

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from v4quant.kernels._decoding_triton import e4m3_value
-from v4quant.kernels._offline import CompileCase
+from v4quant.kernels._compile_case import TOKENS, CompileCase, Traffic, once
+from v4quant.kernels._decoding_triton import e4m3_or_nan
 from v4quant.kernels._rounding_triton import bf16_bits, e4m3_byte, e8m0_byte, from_bf16_bits, power_of_two
 from v4quant.kernels.kv_layout import PageLayout, kv_layout
 
@@ -116,7 +116,7 @@ def gather_fp8(
     rope = found[:, None, None] & (group == groups - 1)[:, None]
     wide = (page * (PAGE_BYTES // 2) + entry * (data_bytes // 2))[:, None, None] + column - (D - 64) // 2
     rope_bits = tl.load(wide_ptr + wide, mask=rope, other=0)
-    value = e4m3_value(code) * power_of_two(scale_byte)[:, :, None]  # exact in BF16
+    value = e4m3_or_nan(code) * power_of_two(scale_byte)[:, :, None]  # exact in BF16
     coded_bits = (value.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
     return tl.reshape(tl.where(rope, rope_bits, coded_bits), [slot.shape[0], D])
 
@@ -193,24 +193,27 @@ _READ = {
     "T": "i32",
     **dict.fromkeys(["ENTRIES", "PAGE_BYTES", "SCALES", "D", "ROWS"], "constexpr"),
 }
+_WRITTEN = TOKENS * (512 * 2 + 64 * 4 + 4 + kv_layout(256).data_bytes + kv_layout(256).scale_bytes)
 # Pages of 256 tokens: of the window and of HCA, whose padding is another; CSA has the window's alignment.
 COMPILE_CASES = [
+    *(
+        CompileCase(
+            f"kv_write_fp8 {entries}",
+            _kv_write_fp8_kernel,
+            _WRITE,
+            {**constants(kv_layout(entries)), "BF16_WEIGHT": False, "D": 512},
+            Traffic(_WRITTEN + TOKENS * 512 * 4, _WRITTEN + 512 * 4),  # each token reads the weight
+            frozenset({"eps"}),
+            num_warps=1,
+        )
+        for entries in (256, 2)
+    ),
     CompileCase(
-        f"kv_write_fp8 {entries}",
-        _kv_write_fp8_kernel,
-        _WRITE,
-        {**constants(kv_layout(entries)), "BF16_WEIGHT": False, "D": 512},
-        frozenset({"eps"}),
-        num_warps=1,
-    )
-    for entries in (256, 2)
-] + [
-    CompileCase(
-        f"kv_read_fp8 {entries}",
+        "kv_read_fp8 256",
         _kv_read_fp8_kernel,
         _READ,
-        {**constants(kv_layout(entries)), "D": 512, "ROWS": READ_ROWS},
+        {**constants(kv_layout(256)), "D": 512, "ROWS": READ_ROWS},
+        once(TOKENS * (4 + kv_layout(256).data_bytes + 7 + 512 * 2)),  # the eighth scale byte is padding
         frozenset({"T"}),
-    )
-    for entries in (256, 2)
+    ),
 ]

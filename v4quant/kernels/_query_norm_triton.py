@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from v4quant.kernels._offline import CompileCase
+from v4quant.kernels._compile_case import TOKENS, CompileCase, once
 from v4quant.kernels._rounding_triton import bf16_bits, from_bf16_bits
 
 TILE = 4096  # elements of a program, 32 a thread
@@ -48,13 +48,14 @@ def launch_(q: torch.Tensor, eps: float) -> torch.Tensor:
     return q
 
 
-# Heads of Flash and Pro have 512 dims.
+# Heads of Flash and Pro have 512 dims; Flash has 64 of them.
 COMPILE_CASES = [
     CompileCase(
         "query_norm 512",
         _query_norm_kernel,
         {"q_ptr": "*u16", "COUNT": "i32", "D": "i32", "eps": "fp32", "ROWS": "constexpr", "BLOCK": "constexpr"},
         constants(512),
+        once(TOKENS * 64 * 512 * (2 + 2)),
         frozenset({"COUNT", "eps"}),
     )
 ]

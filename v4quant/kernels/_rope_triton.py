@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from v4quant.kernels._offline import CompileCase
+from v4quant.kernels._compile_case import TOKENS, CompileCase, Traffic
 from v4quant.kernels._rounding_triton import bf16_bits, from_bf16_bits
 
 TILE = 2048  # rotated elements of a program
@@ -55,12 +55,16 @@ _SIGNATURE = {
     "R": "constexpr",
     "INVERSE": "constexpr",
 }
+# 64 heads, each of which reads the angles of its token.
+_ROTATED = TOKENS * 64 * 64 * (2 + 2)
+_TRAFFIC = Traffic(_ROTATED + TOKENS * 64 * 64 * 4, _ROTATED + TOKENS * 64 * 4)
 COMPILE_CASES = [
     CompileCase(
         f"rope {'inverse' if inverse else 'forward'}",
         _rope_kernel,
         _SIGNATURE,
         {"ROWS": rows_per_program(64), "R": 64, "INVERSE": inverse},
+        _TRAFFIC,
         frozenset({"COUNT", "H"}),
     )
     for inverse in (False, True)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from v4quant.kernels._offline import CompileCase
+from v4quant.kernels._compile_case import TOKENS, CompileCase, Traffic, once
 
 TILE = 2048  # logits of a program
 HASH_TOKENS = 32
@@ -173,10 +173,25 @@ _BY_HASH = {
     "scale": "fp32",
     **dict.fromkeys(["K", "COLUMNS", "TOKENS"], "constexpr"),
 }
+
+
+def _traffic(experts: int) -> Traffic:
+    """Each program reads the bias; six picks a token."""
+    moved, bias = TOKENS * (experts * 4 + 6 * (8 + 4)), experts * 4
+    return Traffic(moved + TOKENS // tokens_per_program(experts) * bias, moved + bias)
+
+
 COMPILE_CASES = [
     *(
-        CompileCase(f"route {name}", _route_kernel, _BY_SCORE, _constants(experts, 6), _ODD)
+        CompileCase(f"route {name}", _route_kernel, _BY_SCORE, _constants(experts, 6), _traffic(experts), _ODD)
         for name, experts in (("Flash", 256), ("Pro", 384))
     ),
-    CompileCase("route_by_hash", _route_by_hash_kernel, _BY_HASH, {"K": 6, "COLUMNS": 8, "TOKENS": HASH_TOKENS}, _ODD),
+    CompileCase(
+        "route_by_hash",
+        _route_by_hash_kernel,
+        _BY_HASH,
+        {"K": 6, "COLUMNS": 8, "TOKENS": HASH_TOKENS},
+        once(TOKENS * (8 + 6 * (8 + 4 + 8 + 4))),  # token, six of its table's row, their logits, the results
+        _ODD,
+    ),
 ]

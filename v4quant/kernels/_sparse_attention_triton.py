@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from v4quant.kernels._compile_case import TARGETS, CompileCase, Traffic
 from v4quant.kernels._kv_cache_triton import gather_fp8
-from v4quant.kernels._offline import CompileCase
 from v4quant.kernels._operand_triton import INTERPRETED, operand
 from v4quant.kernels._rounding_triton import bf16_bits
 from v4quant.kernels._target import capability, target_of
@@ -120,6 +120,8 @@ class Launch:
 
 def choose(target: str) -> Launch:
     """Tile for a target of _target.py: the reference's 64 keys where they fit into shared memory; more heads spill."""
+    if target.startswith("gfx"):
+        return Launch(16, 32, 4)  # 64 KiB of shared memory; four wavefronts of 64 lanes spill nothing
     # sm_86, sm_89 and sm_120 give a block 99 KiB.
     small = capability(target) % 10 > 3 or capability(target) >= 120
     return Launch(16, 32 if small else 64, 8)
@@ -169,6 +171,19 @@ def _constants(dim: int, first: PageLayout | None, second: PageLayout | None, ti
     }
 
 
+def _traffic(first: PageLayout | None, tile: Launch) -> Traffic:
+    """A chunk of 1,024 queries of 64 heads after 15,360 others: 128 window and 512 of 4,096 compressed entries each.
+
+    Every block of heads of every query gathers its entries again, from caches but for the first time.
+    """
+    queries, heads, picks, entries = 1024, 64, 128 + 512, 128 + 1024 + 4096
+    entry_bytes = first.data_bytes + 7 if first else 512 * 2
+    rest = queries * heads * 512 * (2 + 2)
+    blocks = queries * heads // tile.heads
+    moved = rest + blocks * (picks * (4 + entry_bytes) + tile.heads * 4)
+    return Traffic(moved, rest + queries * picks * 4 + entries * entry_bytes + heads * 4)
+
+
 def _case(name: str, first: PageLayout | None, second: PageLayout | None, target: str) -> CompileCase:
     pointers = {"q_ptr": "*u16", "sink_ptr": "*fp32", "out_ptr": "*u16"}
     for number in (1, 2):
@@ -180,9 +195,12 @@ def _case(name: str, first: PageLayout | None, second: PageLayout | None, target
         _sparse_attention_kernel,
         {**pointers, **dict.fromkeys(["H", "L1", "L2"], "i32"), **dict.fromkeys(constants, "constexpr")},
         constants,
+        _traffic(first, tile),
         frozenset({"L1", "L2"}),
         num_warps=tile.num_warps,
-        needs_mma=True,
+        multiplies=True,
+        # The rows of wgmma and tcgen05 are 64 heads, whose 512-wide results do not fit into registers.
+        mma={"sm_90": "mma", "sm_100": "mma"},
         targets=(target,),
     )
 
@@ -190,7 +208,7 @@ def _case(name: str, first: PageLayout | None, second: PageLayout | None, target
 # The launch does not depend on the number of heads, 64 in Flash and 128 in Pro.
 COMPILE_CASES = [
     _case(name, first, second, target)
-    for target in ("sm_80", "sm_90", "sm_100")
+    for target in TARGETS
     for name, first, second in (
         ("sparse_attention dense", None, None),
         ("sparse_attention pages", kv_layout(256), kv_layout(2)),

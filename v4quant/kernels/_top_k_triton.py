@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from v4quant.kernels._offline import CompileCase
+from v4quant.kernels._compile_case import TOKENS, CompileCase, Traffic
 
 BLOCK = 2048
 
@@ -110,12 +110,28 @@ _SELECT = {
     "BLOCK": "constexpr",
 }
 _SORT = {"picked_ptr": "*i64", "visible_ptr": "*i32", "out_ptr": "*i32", "K": "i32", "WIDTH": "constexpr"}
-# Flash picks 512, Pro 1024.
+_ENTRIES = 4096  # of a context of 16,384 tokens
+
+
+def _select_traffic(k: int) -> Traffic:
+    """Scores are read three times: for either byte of the K-th score, and to collect."""
+    rest = TOKENS * (4 + k * 8)
+    return Traffic(rest + 3 * TOKENS * _ENTRIES * 2, rest + TOKENS * _ENTRIES * 2)
+
+
+def _sort_traffic(k: int) -> Traffic:
+    return Traffic(TOKENS * (4 + _width(k) * 8 + k * 4), TOKENS * (4 + k * 8 + k * 4))
+
+
+# Pro picks 1024; Flash, with 512, sorts less and selects alike.
 COMPILE_CASES = [
-    case
-    for k in (512, 1024)
-    for case in (
-        CompileCase(f"top_k select {k}", _select_kernel, _SELECT, {"WIDTH": _width(k), "BLOCK": BLOCK}, num_warps=8),
-        CompileCase(f"top_k sort {k}", _sort_kernel, _SORT, {"WIDTH": _width(k)}),
-    )
+    CompileCase(
+        "top_k select 1024",
+        _select_kernel,
+        _SELECT,
+        {"WIDTH": _width(1024), "BLOCK": BLOCK},
+        _select_traffic(1024),
+        num_warps=8,
+    ),
+    CompileCase("top_k sort 1024", _sort_kernel, _SORT, {"WIDTH": _width(1024)}, _sort_traffic(1024)),
 ]

@@ -6,6 +6,9 @@
 M tokens, N outputs, K inputs, a multiple of 128. Source: `fp8_gemm_kernel` of DeepSeek's released inference code.
 Products of two E4M3 numbers are exact in FP32, so implementations differ by the order of sums alone; but Hopper's FP8
 matrix instruction keeps only about 14 bits of a sum, which is why it is given 128 columns at a time, as there.
+Blackwell's block-scaled instruction applies E8M0 scales itself and sums everything in FP32; it needs one accumulator
+where the others need two, and so larger tiles. Few tokens make few tiles, and several programs then share K: FP32 sums
+that are added in order, so the same call gives the same bits.
 """
 
 import torch

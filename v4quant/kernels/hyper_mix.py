@@ -157,7 +157,7 @@ def hyper_combine(f: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: to
     require("comb", comb, torch.float32, (tokens, streams, streams))
     if not use_triton(x):
         return hyper_combine_torch(f, x, post, comb)
-    from v4quant.kernels._hyper_mix_triton import launch_combine
+    from v4quant.kernels._hyper_streams_triton import launch_combine
 
     return launch_combine(f, x, post, comb)
 

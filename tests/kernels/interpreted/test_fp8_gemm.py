@@ -22,15 +22,33 @@ def test_close_to_the_reference(tokens: int, columns: int, depth: int, scale_dty
     assert_bf16_close(fp8_gemm(*arguments), fp8_gemm_torch(*arguments))
 
 
-@pytest.mark.parametrize("path", ["fp8", "fp16"])
-@pytest.mark.parametrize(("block_tokens", "block_columns"), [(16, 64), (64, 128)])
-def test_every_launch(path: str, block_tokens: int, block_columns: int) -> None:
-    arguments = (*activations(300, 256), *fp8_weight((200, 256), torch.uint8))
-    choice = GemmLaunch(path, block_tokens, block_columns, 128, 4, 1)
+@pytest.mark.parametrize(
+    ("path", "block_tokens", "block_columns", "splits"),
+    [
+        ("fp8", 16, 64, 1),
+        ("fp8", 256, 64, 1),
+        ("fp16", 64, 128, 1),
+        ("scaled", 16, 128, 1),
+        ("scaled", 128, 128, 1),
+        # Of 5 steps along K: 3 and 2; or 2, 2, 1 and none.
+        ("fp8", 64, 64, 2),
+        ("fp16", 64, 128, 4),
+        ("scaled", 64, 128, 4),
+    ],
+)
+def test_every_launch(path: str, block_tokens: int, block_columns: int, splits: int) -> None:
+    arguments = (*activations(40, 640), *fp8_weight((200, 640), torch.uint8))
+    choice = GemmLaunch(path, block_tokens, block_columns, 128, 4, 1, splits)
     assert_bf16_close(launch(*arguments, choice), fp8_gemm_torch(*arguments))
 
 
-@pytest.mark.parametrize("path", ["fp8", "fp16"])
+def test_more_tiles_of_tokens_than_work_side_by_side() -> None:
+    arguments = (*activations(300, 128), *fp8_weight((200, 128), torch.uint8))
+    choice = GemmLaunch("fp8", 16, 128, 128, 4, 1)
+    assert_bf16_close(launch(*arguments, choice), fp8_gemm_torch(*arguments))
+
+
+@pytest.mark.parametrize("path", ["fp8", "fp16", "scaled"])
 def test_every_byte_exactly(path: str) -> None:
     # Rows with one code each, times the unit matrix: the output is the weight, whose values BF16 holds.
     eye = torch.eye(128).to(torch.float8_e4m3fn)

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from v4quant.kernels._hyper_mix_triton import ProjectLaunch, dims_per_program, plan
+from v4quant.kernels._hyper_mix_triton import ProjectLaunch, plan
+from v4quant.kernels._hyper_streams_triton import dims_per_program
 from v4quant.kernels.hyper_mix import (
     hyper_collapse,
     hyper_collapse_torch,
@@ -80,5 +81,5 @@ def test_collapse_equals_the_reference(tokens: int, streams: int, dims: int) -> 
 def test_plan() -> None:
     assert plan(1, 24, "sm_90") == ProjectLaunch(16, 32, 64, "tf32x3", num_warps=4, num_stages=3)
     assert plan(4096, 24, "sm_100") == ProjectLaunch(64, 32, 32, "tf32x3", num_warps=4, num_stages=3)
-    assert plan(4096, 4, "gfx942") == ProjectLaunch(64, 16, 32, "ieee", num_warps=4, num_stages=3)
+    assert plan(4096, 4, "gfx942") == ProjectLaunch(64, 16, 64, "ieee", num_warps=4, num_stages=3)
     assert [dims_per_program(dims) for dims in (16, 4096, 7168)] == [16, 1024, 1024]
