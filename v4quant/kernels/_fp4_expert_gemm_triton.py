@@ -259,9 +259,10 @@ _SUM_CASE = CompileCase(
     {"SLOTS": 6, "BLOCK": _SUM_BLOCK},
     once(TOKENS * (6 * (4 * 4096 // _SUM_BLOCK + 2 * 4096) + 4 * 4096)),
 )
-# Tiles of FP8 weights are the same for 2,048 tokens and for more.
-_WEIGHTS = [(True, size) for size in _SIZES] + [(False, "Flash 1 token"), (False, "Pro 8,192 tokens")]
+# Tiles of FP8 weights are the same for 2,048 tokens and for more, and those of FP4 where they end at 64 tokens.
+_WEIGHTS = [(fp4, size) for fp4 in (True, False) for size in ("Flash 1 token", "Pro 8,192 tokens")]
 COMPILE_CASES = [
     _SUM_CASE,
     *(_case(name, size, fp4, target) for target in TARGETS for fp4, size in _WEIGHTS for name in _KERNELS),
+    *(_case(name, "Flash 2,048 tokens", True, target) for target in ("sm_90", "sm_100") for name in _KERNELS),
 ]

@@ -133,5 +133,12 @@ COMPILE_CASES = [
         _select_traffic(1024),
         num_warps=8,
     ),
-    CompileCase("top_k sort 1024", _sort_kernel, _SORT, {"WIDTH": _width(1024)}, _sort_traffic(1024)),
+    CompileCase(
+        "top_k sort 1024",
+        _sort_kernel,
+        _SORT,
+        {"WIDTH": _width(1024)},
+        _sort_traffic(1024),
+        targets=("sm_80", "gfx942"),  # seconds to compile, and newer NVIDIA GPUs get the same instructions
+    ),
 ]
