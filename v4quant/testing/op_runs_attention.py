@@ -120,6 +120,7 @@ def _run_top_k(sizes: Sizes, tokens: int, device: Device) -> OpRun:
 
     def same_scores(found: torch.Tensor, expected: torch.Tensor) -> None:
         """Of equal scores the reference takes others."""
+        assert bool((found < scores.shape[1]).all()), "picks an entry that is none"
         bits(*(scores.gather(1, picks.clamp(min=0).long()) for picks in (found, expected)))
         bits(found < 0, expected < 0)
 
