@@ -25,6 +25,7 @@ from v4quant.model import attention, block
 from v4quant.model.arithmetic import Activations, Arithmetic
 from v4quant.model.chunk import split
 from v4quant.model.float32 import Float32
+from v4quant.model.router import pick_experts
 from v4quant.model.streaming import StreamedModel, run_block
 from v4quant.model.transformer import Transformer
 
@@ -148,10 +149,8 @@ def _forget_the_sink(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_the_routed_scaling(patch: pytest.MonkeyPatch) -> None:
-    pick = block.pick_experts
-
     def unscaled(x: torch.Tensor, ids: torch.Tensor, weights: Any, config: V4Config) -> Any:
-        return pick(x, ids, weights, replace(config, routed_scaling_factor=1.0))
+        return pick_experts(x, ids, weights, replace(config, routed_scaling_factor=1.0))
 
     patch.setattr(block, "pick_experts", unscaled)
 
