@@ -2,7 +2,8 @@
 
     python benchmarks/_forward_side.py ours|theirs SOURCE LAYER TOKENS PASSES
 
-prints one JSON object: `seconds` of each pass, `experts` that were used, and what `ours` read in `bytes_read`.
+prints one JSON object: `seconds` and `cpu_seconds` of each pass, `experts` that were used, and of `ours` `bytes_read` a
+pass, with the `read_seconds` that it takes to read just these bytes in one thread.
 """
 
 import json
@@ -16,6 +17,8 @@ import torch
 
 SEED = 0
 THREADS = 2
+# `_keep_in_fp32_modules_strict` of transformers' DeepSeek-V4, in one layer.
+KEPT_IN_FP32 = ("attn_hc", "ffn_hc", "norm.weight", "sinks", "position_bias", "e_score_correction_bias")
 
 
 def inputs(tokens: int, vocabulary: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,14 +28,15 @@ def inputs(tokens: int, vocabulary: int, width: int) -> tuple[torch.Tensor, torc
     return ids, torch.randn(tokens, 4, width, generator=random).to(torch.bfloat16)
 
 
-def timed(job: Callable[[], Any], passes: int) -> tuple[list[float], Any]:
+def timed(job: Callable[[], Any], passes: int) -> tuple[dict[str, list[float]], Any]:
     """Seconds of each pass, and what the last one gave."""
-    seconds, found = [], None
+    wall, cpu, found = [], [], None
     for _ in range(passes):
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         found = job()
-        seconds.append(time.perf_counter() - start)
-    return seconds, found
+        wall.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - start_cpu)
+    return {"seconds": wall, "cpu_seconds": cpu}, found
 
 
 def ours(source: Path, layer: int, tokens: int, passes: int) -> dict[str, Any]:
@@ -49,9 +53,23 @@ def ours(source: Path, layer: int, tokens: int, passes: int) -> dict[str, Any]:
             [result] = [run_block(block, streams, schedule) for block in model.blocks(layer, layer + 1)]
             return result
 
+        read_seconds = seconds_to_read(model.reader.weights, f"layers.{layer}.")
+        model.reader.weights.bytes_read = 0
         seconds, result = timed(run, passes)
         read = model.reader.weights.bytes_read // passes
-        return {"seconds": seconds, "experts": len(result.router_indices.unique()), "bytes_read": read}
+        experts = len(result.router_indices.unique())
+        return {**seconds, "experts": experts, "bytes_read": read, "read_seconds": read_seconds}
+
+
+def seconds_to_read(weights: Any, prefix: str) -> float:
+    """Read every tensor of a layer and do nothing with it."""
+    start = time.perf_counter()
+    checkpoint = weights.checkpoint
+    buffer = bytearray(max(entry.bytes for name, entry in checkpoint.tensors.items() if name.startswith(prefix)))
+    for name, entry in checkpoint.tensors.items():
+        if name.startswith(prefix):
+            checkpoint.files.read_into(entry.file, entry.start, memoryview(buffer)[: entry.bytes])
+    return time.perf_counter() - start
 
 
 def theirs(source: Path, layer: int, tokens: int, passes: int) -> dict[str, Any]:
@@ -62,6 +80,7 @@ def theirs(source: Path, layer: int, tokens: int, passes: int) -> dict[str, Any]
 
     config = AutoConfig.from_pretrained(source, local_files_only=True)
     config._attn_implementation = "eager"  # the only one that it has
+    config._experts_implementation = "grouped_mm"  # what a whole model is loaded with
     with torch.device("meta"):
         block = hf.DeepseekV4DecoderLayer(config, layer).eval().to(torch.bfloat16)
     block.to_empty(device="cpu")
@@ -90,20 +109,18 @@ def theirs(source: Path, layer: int, tokens: int, passes: int) -> dict[str, Any]
 
     seconds, found = timed(run, passes)
     assert found.isfinite().all()
-    return {"seconds": seconds, "experts": len(experts)}
+    return {**seconds, "experts": len(experts)}
 
 
 def fill(block: torch.nn.Module, config: Any) -> None:
-    """Random weights of a trained layer's size; where transformers keeps FP32, that; a table that spreads tokens."""
-    for module in block.modules():
-        if type(module).__name__ == "DeepseekV4RotaryEmbedding":
-            module.__init__(config)  # type: ignore[misc]  # its buffers are computed, not loaded
+    """Random weights of a trained layer's size; in FP32 those that transformers keeps so; routes to every expert."""
+    for part in block.modules():
+        if type(part).__name__ == "DeepseekV4RotaryEmbedding":
+            part.__init__(config)  # type: ignore[misc]  # its buffers are computed, not loaded
     for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
-        module, _, leaf = name.rpartition(".")
-        if "inv_freq" in name:
+        if name.endswith("inv_freq"):
             continue
-        if leaf == "tid2eid":
-            # Six different experts for each token, all of them equally often.
+        if name.endswith("tid2eid"):
             first = torch.randint(config.n_routed_experts, (len(tensor), 1))
             step = config.n_routed_experts // tensor.shape[1]
             tensor.copy_((first + step * torch.arange(tensor.shape[1])) % config.n_routed_experts)
@@ -112,10 +129,9 @@ def fill(block: torch.nn.Module, config: Any) -> None:
         pattern = torch.randn(min(len(values), 2**20)).mul_(0.02).to(tensor.dtype)
         for start in range(0, len(values), len(pattern)):
             values[start : start + len(pattern)] = pattern[: len(values) - start]
-        if "norm" in leaf or "norm" in module:
+        if "norm.weight" in name:
             values.fill_(1.0)
-        keep_fp32 = ("attn_hc", "ffn_hc", "norm", "sinks", "position_bias", "e_score_correction_bias")
-        if tensor.dtype == torch.bfloat16 and any(part in name for part in keep_fp32):
+        if any(part_name in name for part_name in KEPT_IN_FP32):
             tensor.data = tensor.data.float()
 
 
