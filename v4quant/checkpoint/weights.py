@@ -5,6 +5,8 @@ that are no powers of two), that is an error and no rounding behind the user's b
 """
 
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,6 +26,64 @@ _SCALES = {"F8_E8M0": torch.uint8, "F32": torch.float32}
 
 class Buffers(Scratch):
     """Memory that matrices are read and decoded in, again and again; what lies in it lives until its next use."""
+
+
+# Of a matrix that is decoded in pieces: with the codes it came from, a piece stays in a core's cache until it is used.
+_PIECE_BYTES = 2 * 2**20
+_PIECE_ROWS = 128
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A quantised matrix as it is stored, decoded some rows at a time by whoever multiplies with it.
+
+    Attributes:
+        where: file and name, for messages.
+        stored: codes and scale.
+    """
+
+    where: str
+    stored: Weight
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Its rows in order, decoded: bfloat16 [some, in], valid until this thread asks for the next piece of any.
+
+        Raises:
+            CheckpointError: as Weights.matrix.
+        """
+        rows, columns = self.stored.shape
+        step = max(_PIECE_BYTES // (2 * columns) // _PIECE_ROWS, 1) * _PIECE_ROWS
+        for first in range(0, rows, step):
+            yield _decode(self.where, self.stored.rows(first, min(first + step, rows)), _piece.buffers)
+
+
+class _Piece(threading.local):
+    """The piece that a thread has decoded last."""
+
+    def __init__(self) -> None:
+        self.buffers = Buffers()
+
+
+_piece = _Piece()
+
+
+def _decode(where: str, stored: Weight, buffers: Buffers) -> torch.Tensor:
+    """Decode into buffers: bfloat16 [out, in].
+
+    Raises:
+        CheckpointError: if a number is not finite, or BF16 cannot hold one.
+    """
+    decoded = buffers.array("decoded", stored.shape, codes_dtype(BF16))
+    try:
+        check = cast(stored, Weight(BF16, decoded), buffers)
+    except NonFiniteError as error:
+        raise CheckpointError(f"{where}: {error}", hint="The weights are damaged.") from error
+    if check.inexact:
+        raise CheckpointError(
+            f"{where}: {check.inexact:,} values do not fit BF16, expected none",
+            hint="Convert the checkpoint first, with --allow-rounding.",
+        )
+    return torch.from_numpy(decoded).view(torch.bfloat16)
 
 
 class Weights:
@@ -93,17 +153,16 @@ class Weights:
         stored = self._stored(entry, encoding, buffers)
         if encoding == BF16:
             return torch.from_numpy(stored.codes).view(torch.bfloat16)
-        decoded = buffers.array("decoded", stored.shape, codes_dtype(BF16))
-        try:
-            check = cast(stored, Weight(BF16, decoded), buffers)
-        except NonFiniteError as error:
-            raise CheckpointError(f"{entry.file}: {entry.name}: {error}", hint="The weights are damaged.") from error
-        if check.inexact:
-            raise CheckpointError(
-                f"{entry.file}: {entry.name}: {check.inexact:,} values do not fit BF16, expected none",
-                hint="Convert the checkpoint first, with --allow-rounding.",
-            )
-        return torch.from_numpy(decoded).view(torch.bfloat16)
+        return _decode(f"{entry.file}: {entry.name}", stored, buffers)
+
+    def stored(self, module: str, buffers: Buffers) -> StoredMatrix:
+        """A matrix that some release quantises, to be decoded later, piece by piece; the buffers hold it until then.
+
+        Raises:
+            CheckpointError: if there is none of this name, or it cannot be read.
+        """
+        entry = self._entry(f"{module}.weight")
+        return StoredMatrix(f"{entry.file}: {entry.name}", self._stored(entry, self._encoding(entry), buffers))
 
     def codes(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A quantised matrix as it is stored.

@@ -68,6 +68,13 @@ class Weight:
         assert self.scale is not None, f"{self.encoding.name} has scales"
         return self.scale
 
+    def rows(self, first: int, stop: int) -> "Weight":
+        """Rows first to stop - 1, as views; first is a multiple of 128."""
+        codes = self.codes[first:stop]
+        if self.scale is None or self.encoding.block is None:
+            return Weight(self.encoding, codes)
+        return Weight(self.encoding, codes, self.scale[_divided(slice(first, stop), self.encoding.block.rows)])
+
     def tile(self, row: int, column: int) -> "Weight":
         """The part from this row and column on, TILE at most, as views; both are multiples of 128."""
         rows, columns = slice(row, row + TILE[0]), slice(column, column + TILE[1])

@@ -1,9 +1,9 @@
 """Routed experts in memory, or read from the checkpoint as they are asked for."""
 
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import cycle
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -18,8 +18,10 @@ from v4quant.names import block_prefix
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
-# Experts read ahead, and the one in use.
-_DEPTH = 3
+# Threads that read, and groups of coded experts read ahead.
+_READERS = 2
+# Threads that run experts at most: each holds one in memory.
+_MAX_WORKERS = 8
 # Coded experts that are read and launched together on a GPU. On a CPU one by one: sums keep their order.
 _GPU_GROUP = 16
 
@@ -65,22 +67,30 @@ class ResidentExperts:
         if experts and self._coded is not None:
             yield self._numbers, self._coded
 
-    def decoded(self, experts: list[int]) -> Iterator[tuple[int, Expert]]:
-        """These, one by one."""
-        return ((number, self._decoded[number]) for number in experts)
+    def each(self, experts: list[int], run: Callable[[int, Expert], torch.Tensor]) -> Iterator[torch.Tensor]:
+        """What `run` makes of these, one by one."""
+        return (run(number, self._decoded[number]) for number in experts)
 
 
 class ExpertReader:
-    """One thread that reads experts ahead, into buffers that are used again and again."""
+    """Threads that read experts ahead into buffers that are used again and again, and threads that run them.
+
+    A product of the few tokens of one expert is too small to be shared between cores, so each thread runs an expert of
+    its own, with its share of the cores.
+    """
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="experts")
-        self._buffers = [(Buffers(), Buffers(), Buffers()) for _ in range(_DEPTH)]
+        cores = torch.get_num_threads()
+        workers = min(cores, _MAX_WORKERS) if reader.device.type == "cpu" else 1
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read experts")
+        self._workers = _pool(workers, cores // workers)
+        self._buffers = [(Buffers(), Buffers(), Buffers()) for _ in range(workers + _READERS + 1)]
 
     def close(self) -> None:
-        """Stop the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        """Stop the threads."""
+        self._readers.shutdown(cancel_futures=True)
+        self._workers.shutdown(cancel_futures=True)
 
     def coded(self, prefix: str, experts: list[int]) -> Iterator[tuple[list[int], ExpertWeights]]:
         """Experts as they are stored, in groups."""
@@ -88,22 +98,49 @@ class ExpertReader:
         groups = [experts[first : first + size] for first in range(0, len(experts), size)]
         pending: deque[tuple[list[int], Future[ExpertWeights]]] = deque()
         for group in groups:
-            pending.append((group, self._thread.submit(_read_coded, self.reader, prefix, group)))
-            if len(pending) == _DEPTH:
+            pending.append((group, self._readers.submit(_read_coded, self.reader, prefix, group)))
+            if len(pending) > _READERS:
                 yield _result(pending)
         while pending:
             yield _result(pending)
 
-    def decoded(self, prefix: str, experts: list[int]) -> Iterator[tuple[int, Expert]]:
-        """Experts in BF16, each valid until the next one is asked for."""
-        pending: deque[tuple[int, Future[Expert]]] = deque()
-        for number, buffers in zip(experts, cycle(self._buffers), strict=False):
-            pending.append((number, self._thread.submit(self.reader.expert, f"{prefix}{number}.", buffers)))
-            # One buffer is in the caller's hands: it is back when the caller asks for more.
-            if len(pending) == _DEPTH:
-                yield _result(pending)
-        while pending:
-            yield _result(pending)
+    def each(
+        self, prefix: str, experts: list[int], run: Callable[[int, Expert], torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """What `run` makes of each of these experts, in this order."""
+        inference = torch.is_inference_mode_enabled()
+
+        def run_read(number: int, expert: Future[Expert]) -> torch.Tensor:
+            with torch.inference_mode(inference):  # a mode of each thread
+                return run(number, expert.result())
+
+        pending: deque[Future[torch.Tensor]] = deque()
+        try:
+            for place, number in enumerate(experts):
+                if len(pending) == len(self._buffers):
+                    yield pending.popleft().result()  # and its buffers are free
+                buffers = self._buffers[place % len(self._buffers)]
+                expert = self._readers.submit(self.reader.packed_expert, f"{prefix}{number}.", buffers)
+                pending.append(self._workers.submit(run_read, number, expert))
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            wait(pending)  # they use the buffers
+
+
+def _pool(threads: int, cores: int) -> ThreadPoolExecutor:
+    """Threads whose torch operations use so many cores each; those of other threads stay as they are."""
+    started = Barrier(threads)
+
+    def start() -> None:
+        torch.set_num_threads(cores)
+        started.wait()
+
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, "experts")
+    wait([pool.submit(start) for _ in range(threads)])
+    torch.set_num_threads(before)  # what threads to come begin with was changed too
+    return pool
 
 
 def _result(pending: "deque[tuple[_Key, Future[_Value]]]") -> tuple[_Key, _Value]:
@@ -123,6 +160,6 @@ class StreamedExperts:
         """These, in groups as they are read."""
         return self._experts.coded(self._prefix, experts)
 
-    def decoded(self, experts: list[int]) -> Iterator[tuple[int, Expert]]:
-        """These, one by one as they are read."""
-        return self._experts.decoded(self._prefix, experts)
+    def each(self, experts: list[int], run: Callable[[int, Expert], torch.Tensor]) -> Iterator[torch.Tensor]:
+        """What `run` makes of these, as they are read."""
+        return self._experts.each(self._prefix, experts, run)

@@ -6,7 +6,9 @@ FP32 between the products, r the router's weight (1 for the shared expert), L th
 Source: `Expert` and `MoE` of DeepSeek's released inference code; experts are added in ascending order, in FP32.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+from threading import Lock
 from typing import Protocol
 
 import torch
@@ -23,13 +25,13 @@ class ExpertSource(Protocol):
     """Where the routed experts of one block come from."""
 
     is_coded: bool
-    """True: `coded` gives them as they are stored; False: `decoded` gives them in BF16."""
+    """True: `coded` gives them as they are stored; False: `each` runs them in BF16."""
 
     def coded(self, experts: list[int]) -> Iterator[tuple[list[int], ExpertWeights]]:
         """These experts in groups, in ascending order."""
 
-    def decoded(self, experts: list[int]) -> Iterator[tuple[int, Expert]]:
-        """These experts one by one, in ascending order; each is valid until the next one is asked for."""
+    def each(self, experts: list[int], run: Callable[[int, Expert], torch.Tensor]) -> Iterator[torch.Tensor]:
+        """What `run` makes of each of these experts, in ascending order; it may be called from several threads."""
 
 
 def routed_experts(
@@ -57,7 +59,7 @@ def routed_experts(
     picked = torch.unique(indices).tolist()
     if source.is_coded:
         return _coded(x, indices, weights, source.coded(picked), limit)
-    return _decoded(x, sort_by_expert(indices, weights, count), source.decoded(picked), limit, ops)
+    return _decoded(x, sort_by_expert(indices, weights, count), picked, source, limit, ops)
 
 
 def shared_expert(x: torch.Tensor, expert: Expert, limit: float, ops: Operations) -> torch.Tensor:
@@ -84,17 +86,23 @@ def _coded(
 
 
 def _decoded(
-    x: torch.Tensor, order: ExpertOrder, experts: Iterable[tuple[int, Expert]], limit: float, ops: Operations
+    x: torch.Tensor, order: ExpertOrder, picked: list[int], source: ExpertSource, limit: float, ops: Operations
 ) -> torch.Tensor:
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     offset = order.offset.tolist()
-    prepared: torch.Tensor | None = None
-    for number, expert in experts:
-        rows = slice(offset[number], offset[number + 1])
-        token = order.token[rows]
-        prepared = ops.prepare(x, expert.w1) if prepared is None else prepared  # experts are stored alike
-        y = _expert(prepared[token], expert, order.weight[rows], limit, ops)
-        out.index_add_(0, token, y.float())
+    tokens = [order.token[first:stop] for first, stop in pairwise(offset)]
+    weights = [order.weight[first:stop] for first, stop in pairwise(offset)]
+    prepared: list[torch.Tensor] = []
+    lock = Lock()
+
+    def run(number: int, expert: Expert) -> torch.Tensor:
+        with lock:  # once for all: experts are stored alike
+            if not prepared:
+                prepared.append(ops.prepare(x, expert.w1))
+        return _expert(prepared[0][tokens[number]], expert, weights[number], limit, ops).float()
+
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for number, y in zip(picked, source.each(picked, run), strict=True):
+        out.index_add_(0, tokens[number], y)
     return out
 
 

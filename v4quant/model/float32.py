@@ -54,7 +54,7 @@ class Float32:
         return x
 
     def multiply(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        return functional.linear(x, matrix.weight.float())
+        return torch.cat([functional.linear(x, piece.float()) for piece in matrix.pieces()], 1)
 
     def linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         return self.multiply(x, matrix)

@@ -95,7 +95,8 @@ class Release:
 
     def multiply(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         if matrix.scale is None:
-            return functional.linear(x, matrix.weight)
+            parts = [functional.linear(x, piece) for piece in matrix.pieces()]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         # Quantising what prepare has rounded gives the same values: they are E4M3 times a power of two already.
         return fp8_gemm(*act_quant_fp8(x, ACTIVATION_BLOCK), matrix.weight, matrix.scale)
 

@@ -3,12 +3,13 @@
 d hidden size, q rank of the queries, H heads of D dims, g output groups of rank r, E experts of width m, V vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from v4quant.checkpoint.reader import Checkpoint
-from v4quant.checkpoint.weights import Buffers, Weights
+from v4quant.checkpoint.weights import Buffers, StoredMatrix, Weights
 from v4quant.encodings import BF16
 from v4quant.errors import CheckpointError
 from v4quant.model.arithmetic import Activations, Arithmetic, Products
@@ -23,11 +24,17 @@ class Matrix:
         weight: bfloat16 [N, K] decoded; or codes, float8_e4m3fn [N, K] or packed FP4 uint8 [N, K/2].
         scale: of the codes; None for a decoded weight.
         rounds_input: whether activations are rounded to FP8 before it.
+        packed: a weight that is decoded whenever it is used; then `weight` is empty.
     """
 
     weight: torch.Tensor
     scale: torch.Tensor | None
     rounds_input: bool
+    packed: StoredMatrix | None = None
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Rows of the decoded weight in order, bfloat16 [some, K]; each is valid until the next one is asked for."""
+        return iter([self.weight]) if self.packed is None else self.packed.pieces()
 
 
 @dataclass(frozen=True)
@@ -137,19 +144,36 @@ class Reader:
             buffers: for a decoded matrix, which lives in them until their next use.
         """
         is_bf16 = self.weights.encoding(module) == BF16
-        activations = self.arithmetic.activations
-        rounds = activations is Activations.RELEASE or (activations is Activations.STORED and not is_bf16)
+        rounds = self._rounds_input(is_bf16)
         if self.arithmetic.products is Products.CODED and not is_bf16 and rounds:
             codes, scale = self.weights.codes(module)
             return Matrix(codes.to(self.device), scale.to(self.device), rounds)
         return Matrix(self.weights.matrix(module, buffers).to(self.device), None, rounds)
 
-    def expert(self, prefix: str, buffers: tuple[Buffers, Buffers, Buffers] | None = None) -> Expert:
+    def packed(self, module: str, buffers: Buffers) -> Matrix:
+        """The same matrix for a single use on a CPU: read now, decoded piece by piece as it is multiplied with.
+
+        Args:
+            module: its name without ".weight".
+            buffers: that hold it until their next use.
+        """
+        is_bf16 = self.weights.encoding(module) == BF16
+        if is_bf16 or self.device.type != "cpu":
+            return self.matrix(module, buffers)
+        return Matrix(torch.empty(0), None, self._rounds_input(is_bf16), self.weights.stored(module, buffers))
+
+    def expert(self, prefix: str) -> Expert:
         """The three matrices of an expert; prefix as "layers.3.ffn.shared_experts."."""
-        one, two, three = buffers or (None, None, None)
-        return Expert(
-            self.matrix(f"{prefix}w1", one), self.matrix(f"{prefix}w2", two), self.matrix(f"{prefix}w3", three)
-        )
+        return Expert(*(self.matrix(f"{prefix}{name}") for name in ("w1", "w2", "w3")))
+
+    def packed_expert(self, prefix: str, buffers: tuple[Buffers, Buffers, Buffers]) -> Expert:
+        """The same for a single use; see `packed`."""
+        pairs = zip(("w1", "w2", "w3"), buffers, strict=True)
+        return Expert(*(self.packed(f"{prefix}{name}", own) for name, own in pairs))
+
+    def _rounds_input(self, is_bf16: bool) -> bool:
+        activations = self.arithmetic.activations
+        return activations is Activations.RELEASE or (activations is Activations.STORED and not is_bf16)
 
     def hyper(self, name: str) -> HyperWeights:
         """A hyper-connection; name as "layers.3.hc_attn" or "hc_head"."""
