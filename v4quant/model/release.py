@@ -29,8 +29,8 @@ ACTIVATION_BLOCK = 128
 
 
 @dataclass(frozen=True)
-class Fp8Entries:
-    """KV entries of 584 bytes: E4M3 with a scale for each 64 dims, RoPE dims in BF16."""
+class _Pages:
+    """Pages of one layout, for entries `dim` wide that were normalised with `eps`."""
 
     layout: PageLayout
     dim: int
@@ -42,6 +42,13 @@ class Fp8Entries:
 
     def empty_pages(self, count: int, device: torch.device) -> torch.Tensor:
         return self.layout.empty_pages(count * self.layout.entries, device)
+
+    def picked(self, pages: torch.Tensor, slots: torch.Tensor) -> Picked:
+        return Picked(pages, slots, self.layout)
+
+
+class Fp8Entries(_Pages):
+    """KV entries of 584 bytes: E4M3 with a scale for each 64 dims, RoPE dims in BF16."""
 
     def write(
         self, x: torch.Tensor, norm: torch.Tensor, cos_sin: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor
@@ -51,24 +58,9 @@ class Fp8Entries:
     def read(self, pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return kv_read_fp8(pages, slots, self.layout, self.dim)
 
-    def picked(self, pages: torch.Tensor, slots: torch.Tensor) -> Picked:
-        return Picked(pages, slots, self.layout)
 
-
-@dataclass(frozen=True)
-class Fp4Keys:
-    """Indexer keys of 68 bytes: E2M1 with a scale for each 32 dims."""
-
-    layout: PageLayout
-    dim: int
-    eps: float
-
-    @property
-    def entries(self) -> int:
-        return self.layout.entries
-
-    def empty_pages(self, count: int, device: torch.device) -> torch.Tensor:
-        return self.layout.empty_pages(count * self.layout.entries, device)
+class Fp4Keys(_Pages):
+    """Indexer keys of 68 bytes: E2M1 with a scale for each 32 dims; they are scored, not attended to."""
 
     def write(
         self, x: torch.Tensor, norm: torch.Tensor, cos_sin: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor
@@ -77,9 +69,6 @@ class Fp4Keys:
 
     def read(self, pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return indexer_key_read_fp4(pages, slots, self.layout, self.dim)
-
-    def picked(self, _pages: torch.Tensor, _slots: torch.Tensor) -> Picked:
-        raise TypeError("indexer keys are scored, not attended to")
 
 
 class Release:
