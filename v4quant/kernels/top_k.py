@@ -12,7 +12,7 @@ from v4quant.kernels._backend import require, use_triton
 
 MAX_K = 2048
 # Sort keys of a chunk of rows, int64.
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 8 * 2**20
 
 
 def top_k_torch(scores: torch.Tensor, visible: torch.Tensor, k: int) -> torch.Tensor:
