@@ -7,6 +7,7 @@ aligned, and it can refuse, fall short or fail when a test wants it to.
 import ctypes
 import errno
 import itertools
+import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from v4quant.checkpoint import direct
 from v4quant.checkpoint.direct import BLOCK_BYTES, STAGING_BYTES, Bytes, DirectFile
 
 FILE_BYTES = 2 * STAGING_BYTES + 3 * BLOCK_BYTES + 123
@@ -326,3 +328,43 @@ def test_the_strict_disk_is_strict(path: Path) -> None:
                 os.preadv(descriptor, [view[start : start + size]], offset)
     finally:
         os.close(descriptor)
+
+
+def test_only_what_the_page_cache_holds_is_taken_from_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request for more would make the system read ahead what is read directly anyway."""
+    asked: list[int] = []
+    preadv = os.preadv
+
+    def watched(descriptor: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT:
+            asked.append(len(buffers[0]))
+        return preadv(descriptor, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", watched)
+
+    def held(pages: list[int]) -> Callable[[int, int, int], int]:
+        def mincore(_address: int, length: int, found: int) -> int:
+            count = -(-length // mmap.PAGESIZE)
+            ctypes.memmove(found, bytes((pages + [0] * count)[:count]), count)
+            return 0
+
+        return mincore
+
+    for pages, start, expected in (([1, 1, 1], 0, 3), ([1, 1], 100, 2), ([0, 1, 1], 5, 0), ([0xFE, 1], 0, 0)):
+        asked.clear()
+        monkeypatch.setattr(direct, "_mincore", held(pages))
+        assert_reads(path, start, 8 * mmap.PAGESIZE)
+        assert asked == ([expected * mmap.PAGESIZE - start] if expected else [])
+
+
+@pytest.mark.parametrize("error", [None, AttributeError, OSError])
+def test_a_system_that_does_not_say_what_it_holds(
+    path: Path, error: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mincore(*_: int) -> int:
+        if error is not None:
+            raise error
+        return -1
+
+    monkeypatch.setattr(direct, "_mincore", mincore)
+    assert_reads(path, 3, FILE_BYTES)

@@ -14,7 +14,7 @@ import torch
 from v4quant.kernels._backend import require, use_triton
 
 # Scores of all heads for a chunk of queries, float32.
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 8 * 2**20
 
 
 def visible_entries(positions: torch.Tensor, ratio: int) -> torch.Tensor:

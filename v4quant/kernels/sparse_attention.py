@@ -40,6 +40,10 @@ class Picked:
     indices: torch.Tensor
     layout: PageLayout | None = None
 
+    def of(self, queries: slice) -> "Picked":
+        """The same, for some of the queries."""
+        return Picked(self.entries, self.indices[queries], self.layout)
+
     def dense(self, dim: int) -> "Picked":
         """The same, of pages only what is picked: each entry is read once, however many queries look at it."""
         if self.layout is None:

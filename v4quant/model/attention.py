@@ -13,8 +13,9 @@ import torch
 
 from v4quant.config import V4Config
 from v4quant.kernels.indexer_scores import visible_entries
+from v4quant.kernels.sparse_attention import Picked
 from v4quant.model.cache import BlockCache
-from v4quant.model.chunk import Chunk
+from v4quant.model.chunk import Chunk, query_pieces
 from v4quant.model.compressor import compress
 from v4quant.model.indexer import pick_entries
 from v4quant.model.operations import Operations
@@ -64,12 +65,28 @@ def attention(
             picks = pick_entries(x, qr, cos_sin, weights.indexer, chunk, cache.keys, config, ops)
         entries = all_entries(chunk, weights.compressor.ape.shape[0]) if picks is None else picks
         picked.append(cache.compressed.picked(chunk.sequences, entries))
-    q = ops.linear(qr, weights.wq_b).view(len(x), config.num_attention_heads, config.head_dim)  # [T, H, D]
-    q = ops.rope_(ops.query_norm_(q), cos_sin)
-    out = ops.rope_(ops.attend(q, weights.sink, picked), cos_sin, inverse=True)  # [T, H, D]
-    out = ops.grouped_linear(out.view(len(x), config.o_groups, -1), weights.wo_a)  # [T, g, r]
+    out = torch.empty_like(x)
+    for piece in query_pieces(len(x), x.device):
+        part = [keys.of(piece) for keys in picked]
+        out[piece] = _attend(qr[piece], cos_sin[piece], part, weights, config, ops)
     cache.trim(chunk)
-    return Attended(ops.linear(out.flatten(1), weights.wo_b), picks)
+    return Attended(out, picks)
+
+
+def _attend(
+    qr: torch.Tensor,
+    cos_sin: torch.Tensor,
+    picked: list[Picked],
+    weights: AttentionWeights,
+    config: V4Config,
+    ops: Operations,
+) -> torch.Tensor:
+    """From some queries' input [t, q] and the entries that they picked to their output [t, d]."""
+    q = ops.linear(qr, weights.wq_b).view(len(qr), config.num_attention_heads, config.head_dim)  # [t, H, D]
+    q = ops.rope_(ops.query_norm_(q), cos_sin)
+    out = ops.rope_(ops.attend(q, weights.sink, picked), cos_sin, inverse=True)  # [t, H, D]
+    out = ops.grouped_linear(out.view(len(qr), config.o_groups, -1), weights.wo_a)  # [t, g, r]
+    return ops.linear(out.flatten(1), weights.wo_b)
 
 
 def window_entries(positions: torch.Tensor, window: int) -> torch.Tensor:

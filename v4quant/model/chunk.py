@@ -12,6 +12,10 @@ import torch
 from v4quant.config import V4Config
 from v4quant.errors import UsageError
 
+# 8 MiB of BF16 at 64 heads of 512 dims: memory of this size is used again, not asked of the system page by page.
+_QUERIES_CPU = 128
+_QUERIES_GPU = 4096
+
 
 @dataclass(frozen=True)
 class Run:
@@ -69,6 +73,12 @@ class Chunk:
             torch.cat(positions).to(torch.int32).to(device),
             tuple(runs),
         )
+
+
+def query_pieces(queries: int, device: torch.device) -> Iterator[slice]:
+    """Queries that are taken together where each has 64 heads of its own, however long the prompt is."""
+    size = _QUERIES_CPU if device.type == "cpu" else _QUERIES_GPU
+    return (slice(first, min(first + size, queries)) for first in range(0, queries, size))
 
 
 def split(prompts: Sequence[torch.Tensor], sizes: Sequence[int]) -> Iterator[Chunk]:

@@ -133,6 +133,7 @@ def _pool(threads: int, cores: int) -> ThreadPoolExecutor:
     started = Barrier(threads)
 
     def start() -> None:
+        torch.get_num_threads()  # or the thread's first operation sets what holds for all
         torch.set_num_threads(cores)
         started.wait()
 

@@ -10,7 +10,7 @@ import torch
 from v4quant.config import V4Config
 from v4quant.kernels.indexer_scores import visible_entries
 from v4quant.model.cache import PagedStore
-from v4quant.model.chunk import Chunk
+from v4quant.model.chunk import Chunk, query_pieces
 from v4quant.model.operations import Operations
 from v4quant.model.weights import IndexerWeights
 
@@ -38,8 +38,10 @@ def pick_entries(
         int32 [T, k], best first, -1 for none; k is index_topk, or the number of entries where that is smaller.
     """
     heads, dim = config.index_n_heads, config.index_head_dim
-    q = ops.linear(qr, weights.wq_b).view(-1, heads, dim)  # [T, H, I]
-    q = ops.index_queries(ops.rope_(q, cos_sin))
+    q = torch.empty(len(x), heads, dim, dtype=ops.dtype, device=x.device)
+    for piece in query_pieces(len(x), x.device):
+        heads_of_piece = ops.linear(qr[piece], weights.wq_b).view(-1, heads, dim)  # [t, H, I]
+        q[piece] = ops.index_queries(ops.rope_(heads_of_piece, cos_sin[piece]))
     scale = ops.plain_linear(x, weights.weights_proj) * (dim**-0.5 * heads**-0.5)  # [T, H]
     visible = visible_entries(chunk.positions, RATIO)  # [T]
     width = min(config.index_topk, max(run.end // RATIO for run in chunk.runs))
