@@ -53,6 +53,15 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "hc_sinkhorn_iters": (1, 1000),
     "max_position_embeddings": (1, 2**30),
 }
+# Keys of the arithmetic that have one value in every release, and no other that v4quant would run.
+_FIXED = {
+    "qk_rope_head_dim": 64,
+    "scoring_func": "sqrtsoftplus",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "attention_bias": False,
+}
 # Positive numbers of the arithmetic.
 _NUMBERS = ("swiglu_limit", "routed_scaling_factor", "rms_norm_eps", "hc_eps", "rope_theta", "compress_rope_theta")
 _HINT_RELEASE = "Use the config.json of the release that these weights came from, unchanged."
@@ -438,6 +447,9 @@ def _require_consistent(config: V4Config, keys: _Keys) -> None:
         keys.wrong("n_routed_experts", f"at most {MAX_ROUTED_EXPERTS_IN_ALL // blocks:,} in each of {blocks} blocks")
     if config.is_dspark and config.mtp_blocks == 0:
         keys.wrong("compress_ratios", "entries for the MTP blocks that dspark_markov_rank announces")
+    for key, value in _FIXED.items():
+        if keys.get(key) is not None and keys.get(key) != value:
+            keys.wrong(key, f"{_show(value)}, as in every release")
     if keys.get("tie_word_embeddings") not in (None, False):
         keys.wrong("tie_word_embeddings", "false: V4 stores a head of its own")
     if keys.get("num_key_value_heads") is not None:

@@ -91,6 +91,7 @@ def test_wrong_options(
         (torch.tensor([-1]), 2, "token 0 is -1"),
         (torch.zeros(0, dtype=torch.int64), 2, "prefill is 0"),
         (torch.zeros(2, 3, dtype=torch.int64), 2, "expected one row"),
+        (torch.tensor(5), 2, "input_ids has shape [], expected one row"),
         (torch.zeros(3, dtype=torch.float16), 3, "input_ids is F16, expected I64 or I32"),
     ],
 )
@@ -110,6 +111,7 @@ def test_wrong_tokens(
         ("out", 2, "expected a file name that ends in .safetensors"),
         ("missing/out.safetensors", 5, "no such folder"),
         ("tokens.safetensors", 2, "is the file of tokens itself"),
+        ("native/model-00001-of-00003.safetensors", 2, "lies in the checkpoint that is read"),
     ],
 )
 def test_wrong_outputs(

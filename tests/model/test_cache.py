@@ -1,5 +1,6 @@
 """Pages: growth, reuse, block tables, and what a long sequence keeps."""
 
+import pytest
 import torch
 
 from tests.model.references import named
@@ -84,3 +85,24 @@ def test_bytes_of_the_production_layout() -> None:
 
     assert [kv_layout(size).page_bytes for size in (256, 64, 2)] == [149_760, 37_440, 1_728]
     assert key_layout(64).page_bytes == 4_352
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([(0, 5, 2)], "sequence 0 goes on at 5, but the cache ends at 3"),
+        ([(0, 2, 2)], "sequence 0 goes on at 2, but the cache ends at 3"),
+        ([(2, 0, 2)], "sequence 2 goes on at 0, but the cache ends at None"),
+        ([(-1, 0, 2)], "sequence -1 goes on"),
+        ([(0, 3, 1), (0, 4, 1)], "each of another and not empty"),
+        ([(0, 3, 0)], "each of another and not empty"),
+        ([], "expected one or more"),
+    ],
+)
+def test_chunks_that_do_not_go_on(pieces: list[tuple[int, int, int]], message: str) -> None:
+    cache = BlockCache(CONFIG, 4, OPS, 2)
+    cache.reserve(Chunk.of([(0, 0, torch.zeros(3, dtype=torch.int64))]))
+    with pytest.raises(ValueError, match=message):
+        cache.reserve(Chunk.of([(number, first, torch.zeros(count).long()) for number, first, count in pieces]))
+    cache.reset(0)
+    cache.reserve(Chunk.of([(0, 0, torch.zeros(3, dtype=torch.int64))]))

@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 
 from tests.model.references import REFERENCES, Reference, named, relative_error, streamed
+from v4quant.checkpoint.tensor_file import TensorWriter
 from v4quant.errors import CheckpointError, OutputError, UsageError
 from v4quant.model.arithmetic import Products
 from v4quant.model.reference import Task, write_reference
@@ -111,3 +112,37 @@ def test_an_interrupted_run_leaves_no_file(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
         with pytest.raises(OutputError, match="cannot write"):
             write_reference(model, task, tmp_path / "missing" / "out.safetensors")
+
+
+def test_only_the_file_itself_is_looked_at(tmp_path: Path) -> None:
+    """Links and folders beside it are nobody's business; it may be hidden, or a link itself."""
+    (tmp_path / "foreign").symlink_to("/etc/passwd")
+    hidden = tmp_path / ".tokens.safetensors"
+    safetensors.torch.save_file({"input_ids": torch.arange(3)}, hidden)
+    (tmp_path / "link.safetensors").symlink_to(hidden)
+    with streamed(FLASH.folder) as model:
+        for name in (".tokens.safetensors", "link.safetensors"):
+            assert Task.load(tmp_path / name, model.config, None, None).input_ids.tolist() == [0, 1, 2]
+        with pytest.raises(UsageError, match="is a folder"):
+            Task.load(tmp_path, model.config, None, None)
+
+
+def test_nan_in_the_streams_to_go_on_from(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.safetensors"
+    streams = torch.zeros(3, 4, 256).bfloat16()
+    streams[1, 2, 3] = torch.nan
+    safetensors.torch.save_file({"input_ids": torch.arange(3), "layer0.out": streams}, file)
+    with streamed(FLASH.folder) as model, pytest.raises(CheckpointError, match=r"layer0\.out holds NaN"):
+        Task.load(file, model.config, None, (1, 1))
+
+
+def test_a_failed_finish_closes_its_file_once(tmp_path: Path) -> None:
+    """After a failure the descriptor's number may be another file's."""
+    writer = TensorWriter(tmp_path / "a.safetensors", {"x": ("F32", (1,))}, {})
+    next(tmp_path.iterdir()).unlink()
+    with pytest.raises(OutputError):
+        writer.finish()
+    with (tmp_path / "other").open("w") as other:
+        writer.abandon()
+        other.write("still open")
+        other.flush()

@@ -11,10 +11,13 @@ from tests.checkpoint.conversion import write_small
 from tests.model.references import final_streams, named, streamed
 from v4quant.checkpoint.header import build_header
 from v4quant.checkpoint.reader import open_checkpoint
-from v4quant.errors import CheckpointError
+from v4quant.errors import CheckpointError, UsageError
 from v4quant.model.arithmetic import Arithmetic, Products
+from v4quant.model.chunk import Chunk
+from v4quant.model.expert_sources import _pool
 from v4quant.model.mtp import runnable_mtp_blocks
 from v4quant.model.streaming import StreamedModel, run_block
+from v4quant.model.transformer import Transformer
 from v4quant.testing.releases import synth_config
 from v4quant.testing.synth import write_checkpoint
 
@@ -118,3 +121,34 @@ def test_dspark_stages_are_not_run(tmp_path: Path) -> None:
     assert runnable_mtp_blocks(checkpoint.config) == 0
     with torch.inference_mode(), StreamedModel(checkpoint, Arithmetic()) as model:
         assert model.head().logits(final_streams(model, model.schedule([torch.tensor([1, 2, 3])]))).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["layers.1.attn.attn_sink", "layers.2.ffn.gate.bias", "embed.weight", "head.weight"])
+def test_nan_in_a_tensor_that_is_not_quantised(name: str, tmp_path: Path) -> None:
+    """A NaN in a router's bias would leave every output finite."""
+    shutil.copytree(FLASH.folder, tmp_path / "copy")
+    entry = open_checkpoint(tmp_path / "copy").tensors[name]
+    path = tmp_path / "copy" / entry.file
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[entry.start : entry.start + 4] = b"\xff" * 4
+    path.write_bytes(data)
+    with torch.inference_mode(), streamed(tmp_path / "copy", Products.DECODED) as model:
+        schedule = model.schedule([torch.arange(3)])
+        with pytest.raises(CheckpointError, match=f"{name}.*: NaN at"):
+            model.head().logits(final_streams(model, schedule))
+
+
+def test_threads_that_run_experts_have_their_share_of_cores() -> None:
+    before = torch.get_num_threads()
+    pool = _pool(2, 1)
+    assert [pool.submit(torch.get_num_threads).result() for _ in range(4)] == [1] * 4
+    pool.shutdown()
+    assert torch.get_num_threads() == before
+
+
+def test_ids_that_the_model_does_not_have() -> None:
+    model = Transformer(open_checkpoint(FLASH.folder))
+    for wrong in (-1, 512):
+        with pytest.raises(UsageError, match=f"token 0 is {wrong}"):
+            model.streams(Chunk.of([(0, 0, torch.tensor([wrong]))]), model.cache(1))

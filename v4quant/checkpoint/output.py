@@ -32,7 +32,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"{path}: cannot write: {error.strerror or error}",
-            hint="Free space or choose another folder, then run the same command again; finished shards are kept.",
+            hint="Free space or choose another folder, then run the command again; a conversion keeps finished shards.",
         ) from error
 
 
@@ -70,16 +70,23 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> None:
 class ShardFile:
     """An output shard being written at known offsets, from any thread; whole only after `finish`."""
 
-    def __init__(self, path: Path, header: bytes, file_bytes: int) -> None:
+    def __init__(self, path: Path, header: bytes, file_bytes: int, partial: Path | None = None) -> None:
         """Create the partial file at its final size, so that a full disk is known at once, and write its header.
+
+        Args:
+            path: the file's real name.
+            header: its first bytes.
+            file_bytes: its size.
+            partial: the partial file; beside the real one by default, with PARTIAL_SUFFIX.
 
         Raises:
             OutputError: if the disk refuses.
         """
         self.path = path
-        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        self._partial = partial or path.with_name(path.name + PARTIAL_SUFFIX)
         with disk_errors(path):
-            self._descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._descriptor = os.open(self._partial, flags, 0o644)
             self._direct = DirectFile(str(self._partial), self._descriptor, os.O_WRONLY)
         try:
             with disk_errors(path):
@@ -107,16 +114,22 @@ class ShardFile:
         with disk_errors(self.path):
             self._direct.close()
             os.fsync(self._descriptor)
-            os.close(self._descriptor)
+            self._close()
             self._partial.replace(self.path)
             sync_folder(self.path.parent)
 
     def abandon(self) -> None:
         """Close and remove the partial file."""
         self._direct.close()
-        with contextlib.suppress(OSError):
-            os.close(self._descriptor)
+        self._close()
         self._partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        """Close the descriptor once: its number may be another file's a moment later."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # what could not be written, the sync before has said
+                os.close(descriptor)
 
 
 def require_free(out: Path, *, overwrite: bool, keep: str = "") -> None:

@@ -1,13 +1,13 @@
 """Safetensors files that hold no weights: token ids to run, and the outputs of a run."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
-from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.header import TensorEntry, build_header, read_header
-from v4quant.checkpoint.output import ShardFile
+from v4quant.checkpoint.output import PARTIAL_SUFFIX, ShardFile
 from v4quant.errors import CheckpointError, UsageError
 
 _DTYPES = {
@@ -29,11 +29,11 @@ class TensorFile:
             CheckpointError: if it is no sound safetensors file.
         """
         if not path.is_file():
-            raise UsageError(f"{path}: no such file, expected a safetensors file", hint="Check the path.")
+            what = "is a folder" if path.is_dir() else "no such file"
+            raise UsageError(f"{path}: {what}, expected a safetensors file", hint="Check the path.")
         self.path = path
-        self._files = Files(path.parent)
-        size = self._files.size(path.name)
-        _, self.tensors = read_header(str(path), size, lambda start, stop: self._files.read(path.name, start, stop))
+        size = path.stat().st_size
+        _, self.tensors = read_header(str(path), size, self._read)
 
     def read(self, name: str, dtypes: Iterable[torch.dtype]) -> torch.Tensor:
         """A tensor of one of these dtypes.
@@ -48,11 +48,24 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: has no tensor {name}, but {held}")
         if entry.dtype not in wanted:
             raise CheckpointError(f"{self.path}: {name} is {entry.dtype}, expected {' or '.join(wanted)}")
-        buffer = bytearray(entry.bytes)
-        self._files.read_into(self.path.name, entry.start, memoryview(buffer))
+        buffer = bytearray(self._read(entry.start, entry.stop))
         if not buffer:
             return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
         return torch.frombuffer(buffer, dtype=_DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def _read(self, start: int, stop: int) -> bytes:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                data = file.read(stop - start)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: cannot read: {error.strerror or error}",
+                hint="Check the disk and the file's permissions.",
+            ) from error
+        if len(data) < stop - start:
+            raise CheckpointError(f"{self.path}: is shorter than before", hint="Leave it alone while it is read.")
+        return data
 
 
 class TensorWriter:
@@ -64,7 +77,7 @@ class TensorWriter:
         """Create it at its full size.
 
         Args:
-            path: the file; a partial file stands beside it until `finish`.
+            path: the file; until `finish` a partial file of this process stands beside it.
             tensors: header dtype and shape of each.
             metadata: text for its header.
 
@@ -74,7 +87,8 @@ class TensorWriter:
         described = [(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
         header, entries = build_header(described, file=path.name, metadata=metadata)
         self._entries: dict[str, TensorEntry] = {entry.name: entry for entry in entries}
-        self._file = ShardFile(path, header, max(entry.stop for entry in entries))
+        partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")  # another run may write the same file
+        self._file = ShardFile(path, header, max(entry.stop for entry in entries), partial)
 
     def write(self, name: str, rows: torch.Tensor, first_row: int = 0) -> None:
         """Write rows of a tensor, in its dtype, from a row on.

@@ -57,6 +57,18 @@ class StoredMatrix:
             yield _decode(self.where, self.stored.rows(first, min(first + step, rows)), _piece.buffers)
 
 
+def _without_nan(found: torch.Tensor, where: str) -> torch.Tensor:
+    """The tensor itself. Infinities may be meant, as in attention sinks; NaN is damage that would spread in silence.
+
+    Raises:
+        CheckpointError: at the first NaN.
+    """
+    if found.is_floating_point() and bool(found.isnan().any()):
+        place = found.isnan().nonzero()[0].tolist()
+        raise CheckpointError(f"{where}: NaN at {place}, expected numbers", hint="The weights are damaged.")
+    return found
+
+
 class _Piece(threading.local):
     """The piece that a thread has decoded last."""
 
@@ -116,24 +128,29 @@ class Weights:
         """A tensor that no format quantises, in its stored dtype and shape.
 
         Raises:
-            CheckpointError: if there is none of this name, or it cannot be read.
+            CheckpointError: if there is none of this name, it cannot be read, or it holds a NaN.
         """
         entry = self._entry(name)
         buffer = np.empty(entry.bytes, np.uint8)
         self._read(entry, buffer)
-        return torch.from_numpy(buffer).view(_DTYPES[entry.dtype]).reshape(entry.shape)
+        found = torch.from_numpy(buffer).view(_DTYPES[entry.dtype]).reshape(entry.shape)
+        return _without_nan(found, f"{entry.file}: {entry.name}")
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop of a tensor that no format quantises: its stored dtype, [stop - start, ...].
 
         Raises:
             CheckpointError: as tensor.
+            ValueError: if the tensor has no such rows.
         """
         entry = self._entry(name)
+        if not 0 <= start <= stop <= entry.shape[0]:
+            raise ValueError(f"rows {start} to {stop} of {name}, which has {entry.shape[0]}")
         row_bytes = entry.bytes // entry.shape[0]
         buffer = np.empty((stop - start) * row_bytes, np.uint8)
         self._read(entry, buffer, start * row_bytes)
-        return torch.from_numpy(buffer).view(_DTYPES[entry.dtype]).reshape(stop - start, *entry.shape[1:])
+        found = torch.from_numpy(buffer).view(_DTYPES[entry.dtype]).reshape(stop - start, *entry.shape[1:])
+        return _without_nan(found, f"{entry.file}: {entry.name}, from row {start} on")
 
     def matrix(self, module: str, buffers: Buffers | None = None) -> torch.Tensor:
         """A matrix that some release quantises, decoded: bfloat16 [out, in].
@@ -152,7 +169,7 @@ class Weights:
         buffers = buffers or Buffers()
         stored = self._stored(entry, encoding, buffers)
         if encoding == BF16:
-            return torch.from_numpy(stored.codes).view(torch.bfloat16)
+            return _without_nan(torch.from_numpy(stored.codes).view(torch.bfloat16), f"{entry.file}: {entry.name}")
         return _decode(f"{entry.file}: {entry.name}", stored, buffers)
 
     def stored(self, module: str, buffers: Buffers) -> StoredMatrix:

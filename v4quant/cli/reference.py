@@ -58,7 +58,7 @@ def reference(
     checkpoint = open_checkpoint(src)
     config = checkpoint.config
     task = Task.load(tokens, config, prefill, _parse_layers(layers))
-    _require_free_file(out, tokens, overwrite)
+    _require_free_file(out, src, tokens, overwrite)
     if config.is_dspark:
         output.note(f"{plural(config.mtp_blocks, 'DSpark stage')} of {checkpoint.release}: not run")
     with StreamedModel(checkpoint, _arithmetic(arithmetic, device), device_named(device)) as model:
@@ -76,7 +76,7 @@ def reference(
         f"{plural(len(task.input_ids) - task.prefill, 'decode step')}"
     )
     output.line(
-        f"{seconds:.1f} s, read {decimal_bytes(read)} of {decimal_bytes(checkpoint.bytes)}, peak memory "
+        f"{seconds:.1f} s, read {decimal_bytes(read)} (checkpoint: {decimal_bytes(checkpoint.bytes)}), peak memory "
         f"{decimal_bytes(peak)}"
     )
     output.line(f"wrote {out}")
@@ -111,11 +111,13 @@ def _arithmetic(activations: str, device: str) -> "Arithmetic":
     return Arithmetic(Activations(activations), Products.DECODED if device == "cpu" else Products.CODED)
 
 
-def _require_free_file(out: Path, tokens: Path, overwrite: bool) -> None:
+def _require_free_file(out: Path, src: Path, tokens: Path, overwrite: bool) -> None:
     if out.suffix != ".safetensors":
         raise UsageError(
             f"{out}: expected a file name that ends in .safetensors", hint=f"For example: {out}.safetensors"
         )
+    if out.resolve().is_relative_to(src.resolve()):
+        raise UsageError(f"{out}: lies in the checkpoint that is read", hint="Choose a file outside of it.")
     if out.is_dir():
         raise OutputError(f"{out}: is a folder, expected a file to write")
     if not out.parent.is_dir():

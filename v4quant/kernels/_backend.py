@@ -19,6 +19,8 @@ def use_triton(x: torch.Tensor) -> bool:
     forced = os.environ.get(VARIABLE, "")
     if forced not in ("", "torch", "triton"):
         raise UsageError(f"{VARIABLE} is {forced!r}, expected torch or triton", hint="Unset it to let each op choose.")
+    if forced == "triton" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UsageError(f"{VARIABLE} is triton, but tensors are on the CPU", hint="Unset it, or choose a GPU.")
     return forced == "triton" or (forced == "" and x.is_cuda)
 
 

@@ -19,8 +19,8 @@ MAX_DIMS = 8192
 def query_norm_torch_(q: torch.Tensor, eps: float) -> torch.Tensor:
     """Reference for query_norm_: same arguments, any device; equal up to the order of the FP32 sum."""
     # The released expression itself. On CPUs torch rounds the square root too, before it divides, for the elements left
-    # over behind the last full vector of 32. It is kept, because outputs of the released code on a CPU have it; the
-    # released models, whose 64 or 128 heads leave none over, do not show it. GPUs and the kernel round once.
+    # over behind the last full vector of 32, in each thread's share. It is kept, because outputs of the released code
+    # on a CPU have it; queries in pieces of 128 with 64 or 128 heads leave none over, and are one thread's share.
     q *= torch.rsqrt(q.square().mean(-1, keepdim=True) + eps)  # [T, H, 1]
     return q
 

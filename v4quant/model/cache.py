@@ -2,7 +2,7 @@
 
 Pages cover 256 tokens, as in serving engines: 256 window entries, 64 of CSA (and 64 indexer keys) or 2 of HCA. A page
 belongs to one sequence, found by a block table; pages that leave the window are used again, so that a layer's window
-cache stays at two pages a sequence however long it grows.
+cache holds what one chunk needs, however long its sequences grow.
 """
 
 import torch
@@ -106,6 +106,7 @@ class BlockCache:
         """
         place = torch.device(device)
         self._ratio, self._window = ratio, config.sliding_window
+        self._lengths = dict.fromkeys(range(sequences), 0)
         self.window = PagedStore(ops.kv_codec(PAGE_TOKENS), sequences, place)
         self.compressed: PagedStore | None = None
         self.keys: PagedStore | None = None
@@ -127,8 +128,17 @@ class BlockCache:
         return sum(store.bytes for store in self._stores())
 
     def reserve(self, chunk: Chunk) -> None:
-        """Make room for what a chunk will write."""
+        """Make room for what a chunk will write.
+
+        Raises:
+            ValueError: if it does not continue where its sequences end.
+        """
         for run in chunk.runs:
+            have = self._lengths.get(run.sequence)
+            if have != run.first:
+                raise ValueError(f"sequence {run.sequence} goes on at {run.first}, but the cache ends at {have}")
+        for run in chunk.runs:
+            self._lengths[run.sequence] = run.end
             self.window.reserve(run.sequence, run.end)
             for store in (self.compressed, self.keys):
                 if store is not None:
@@ -141,6 +151,7 @@ class BlockCache:
 
     def reset(self, sequence: int) -> None:
         """Forget a sequence."""
+        self._lengths[sequence] = 0
         for store in self._stores():
             store.release(sequence)
         for state in (self.state, self.key_state):

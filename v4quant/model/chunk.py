@@ -60,7 +60,13 @@ class Chunk:
         Args:
             pieces: for each sequence its number, the position of the piece's first token, and its ids, int64 [n].
             device: where the tensors shall lie.
+
+        Raises:
+            ValueError: if there is no piece, or one is empty or of the sequence of another.
         """
+        numbers = [sequence for sequence, _, _ in pieces]
+        if not pieces or len(set(numbers)) < len(pieces) or not all(len(ids) for _, _, ids in pieces):
+            raise ValueError(f"pieces of sequences {numbers}, expected one or more, each of another and not empty")
         runs, row = [], 0
         for sequence, first, ids in pieces:
             runs.append(Run(sequence, slice(row, row + len(ids)), first))
@@ -118,11 +124,20 @@ def check_prompts(prompts: Sequence[torch.Tensor], config: V4Config, where: str)
                 f"{name}: has {len(prompt):,} tokens, expected 1 to {config.max_position_embeddings:,} "
                 "(max_position_embeddings of config.json)"
             )
-        wrong = ((prompt < 0) | (prompt >= config.vocab_size)).nonzero()
-        if len(wrong):
-            place = int(wrong[0])
-            raise UsageError(
-                f"{name}: token {place} is {int(prompt[place])}, expected 0 to {config.vocab_size - 1} "
-                "(vocab_size of config.json)",
-                hint="Encode the text with this checkpoint's own tokenizer.",
-            )
+        check_ids(prompt, config, name)
+
+
+def check_ids(input_ids: torch.Tensor, config: V4Config, name: str) -> None:
+    """Refuse token ids, int64 [T], that the model does not have; `name` says what they are.
+
+    Raises:
+        UsageError: if there is one.
+    """
+    wrong = ((input_ids < 0) | (input_ids >= config.vocab_size)).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        raise UsageError(
+            f"{name}: token {place} is {int(input_ids[place])}, expected 0 to {config.vocab_size - 1} "
+            "(vocab_size of config.json)",
+            hint="Encode the text with this checkpoint's own tokenizer.",
+        )

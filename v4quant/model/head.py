@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
+from v4quant.model.chunk import check_ids
 from v4quant.model.operations import Operations
 from v4quant.model.weights import HyperWeights, Reader
 
@@ -17,6 +18,7 @@ _PIECE_ROWS = 8192
 
 def embed(input_ids: torch.Tensor, reader: Reader, ops: Operations) -> torch.Tensor:
     """Embeddings of token ids, int64 [T]: activations [T, d]; only the rows of tokens that occur are read."""
+    check_ids(input_ids, reader.config, "input_ids")
     ids, place = torch.unique(input_ids.cpu(), return_inverse=True)
     rows = torch.cat([reader.weights.rows("embed.weight", first, last) for first, last in _runs(ids.tolist())])
     return rows[place].to(reader.device).to(ops.dtype)

@@ -50,5 +50,7 @@ def pick_entries(
         count, rows = run.end // RATIO, run.rows
         if count:
             of_sequence = keys.read(run.sequence, count)  # [E, I]
-            picked[rows] = ops.pick(q[rows], of_sequence, scale[rows], visible[rows], width)
+            for piece in query_pieces(rows.stop - rows.start, x.device):
+                part = slice(rows.start + piece.start, rows.start + piece.stop)
+                picked[part] = ops.pick(q[part], of_sequence, scale[part], visible[part], width)
     return picked

@@ -17,7 +17,7 @@ import torch
 
 from v4quant.checkpoint.tensor_file import TensorFile, TensorWriter
 from v4quant.config import V4Config
-from v4quant.errors import UsageError
+from v4quant.errors import CheckpointError, UsageError
 from v4quant.model.mtp import runnable_mtp_blocks
 from v4quant.model.streaming import BlockResult, Schedule, StreamedModel, run_block
 
@@ -59,18 +59,22 @@ class Task:
         """
         file = TensorFile(path)
         ids = file.read("input_ids", (torch.int64, torch.int32)).long()
+        if ids.dim() != 1:
+            raise UsageError(f"{path}: input_ids has shape {list(ids.shape)}, expected one row of token ids")
         first, last = layers or (0, config.num_hidden_layers - 1)
         if not 0 <= first <= last < config.num_hidden_layers:
             raise UsageError(f"layers are {first}-{last}, expected a part of 0-{config.num_hidden_layers - 1}")
-        prefill = len(ids.flatten()) if prefill is None else prefill
-        if not 1 <= prefill <= len(ids.flatten()):
-            raise UsageError(f"prefill is {prefill}, expected 1 to the {len(ids.flatten())} tokens of {path}")
+        prefill = len(ids) if prefill is None else prefill
+        if not 1 <= prefill <= len(ids):
+            raise UsageError(f"prefill is {prefill}, expected 1 to the {len(ids)} tokens of {path}")
         streams = None
         if first:
             name, shape = f"layer{first - 1}.out", (len(ids), config.hc_mult, config.hidden_size)
             streams = file.read(name, (torch.bfloat16,))
             if streams.shape != shape:
                 raise UsageError(f"{path}: {name} has shape {list(streams.shape)}, expected {list(shape)}")
+            if not bool(streams.isfinite().all()):
+                raise CheckpointError(f"{path}: {name} holds NaN or infinity", hint="Compute it again.")
         return cls(ids, prefill, first, last, streams)
 
 

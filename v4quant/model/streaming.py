@@ -3,7 +3,7 @@
     embed -> block 0 (attention chunk by chunk, experts all at once) -> block 1 -> ... -> head
 
 Memory: the tokens' residual streams and what one block makes of them, the dense weights of this block and the next
-(read while this one computes), a few experts. Only experts that the router picked are read.
+(read while this one computes), a few experts; see docs/forward.md. Only experts that the router picked are read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -124,6 +124,7 @@ class StreamedModel:
 
         Raises:
             UsageError: for prompts that the model cannot take; `where` says where they came from.
+            ValueError: for a size that is not positive.
         """
         check_prompts(prompts, self.config, where)
         return Schedule.of([prompt.to(self.reader.device) for prompt in prompts], sizes)

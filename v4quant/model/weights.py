@@ -113,7 +113,7 @@ class BlockWeights:
 
 
 class Reader:
-    """Reads the weights of blocks; from one thread at a time.
+    """Reads the weights of blocks, from any thread.
 
     Attributes:
         weights: the checkpoint's tensors.
