@@ -35,6 +35,13 @@ def power_of_two_byte(amax: torch.Tensor, inverse: float) -> torch.Tensor:
     return ((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)).to(torch.uint8)
 
 
+def act_round_fp8_torch(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Reference for act_round_fp8: same arguments, same bits, any device."""
+    codes, scale_e8m0 = act_quant_fp8_torch(x, block)
+    scale = (scale_e8m0.to(torch.int32) << 23).view(torch.float32)  # byte 105 at least: no subnormals
+    return (codes.float().reshape(*scale.shape, block) * scale[..., None]).reshape(x.shape).to(torch.bfloat16)
+
+
 def act_quant_fp8(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise activations.
 
@@ -49,9 +56,7 @@ def act_quant_fp8(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tens
         TypeError: if x is not bfloat16.
         ValueError: if a shape or the block does not fit.
     """
-    require("x", x, torch.bfloat16, (None, None))
-    if block not in BLOCKS or x.shape[1] % block:
-        raise ValueError(f"block is {block}, expected one of {BLOCKS} that divides {x.shape[1]} columns")
+    _check(x, block)
     if not use_triton(x):
         return act_quant_fp8_torch(x, block)
     from v4quant.kernels._act_quant_fp8_triton import launch
@@ -60,7 +65,7 @@ def act_quant_fp8(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def act_round_fp8(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Round activations to what act_quant_fp8 would store and decode again: bfloat16 [M, K], exact.
+    """Round activations to what act_quant_fp8 would store and decode again, in one pass: bfloat16 [M, K], exact.
 
     Args:
         x: as for act_quant_fp8.
@@ -69,6 +74,15 @@ def act_round_fp8(x: torch.Tensor, block: int) -> torch.Tensor:
     Raises:
         TypeError, ValueError: as act_quant_fp8.
     """
-    codes, scale_e8m0 = act_quant_fp8(x, block)
-    scale = (scale_e8m0.to(torch.int32) << 23).view(torch.float32)  # byte 105 at least: no subnormals
-    return (codes.float().reshape(*scale.shape, block) * scale[..., None]).reshape(x.shape).to(torch.bfloat16)
+    _check(x, block)
+    if not use_triton(x):
+        return act_round_fp8_torch(x, block)
+    from v4quant.kernels._act_quant_fp8_triton import launch_round
+
+    return launch_round(x, block)
+
+
+def _check(x: torch.Tensor, block: int) -> None:
+    require("x", x, torch.bfloat16, (None, None))
+    if block not in BLOCKS or x.shape[1] % block:
+        raise ValueError(f"block is {block}, expected one of {BLOCKS} that divides {x.shape[1]} columns")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from v4quant.kernels.act_quant_fp4 import act_quant_fp4, act_quant_fp4_torch, act_round_fp4, act_round_fp4_torch
-from v4quant.kernels.act_quant_fp8 import act_quant_fp8, act_quant_fp8_torch
+from v4quant.kernels.act_quant_fp8 import act_quant_fp8, act_quant_fp8_torch, act_round_fp8, act_round_fp8_torch
 from v4quant.kernels.dequantize import dequantize_fp4, dequantize_fp4_torch, dequantize_fp8, dequantize_fp8_torch
 from v4quant.kernels.expert_order import sort_by_expert
 from v4quant.kernels.fp4_expert_gemm import ExpertWeights, fp4_expert_gemm, fp4_expert_gemm_torch
@@ -33,6 +33,11 @@ _EPS: dict[str, Any] = {"norm_eps": 1e-6, "eps": 1e-6}
 def _run_act_quant_fp8(sizes: Sizes, tokens: int, device: Device) -> OpRun:
     x = normal(device, tokens, sizes.hidden)
     return run_of(act_quant_fp8, act_quant_fp8_torch, (x, 128), bits, bits, result_bytes=x.numel() + x.numel() // 128)
+
+
+def _run_act_round_fp8(sizes: Sizes, tokens: int, device: Device) -> OpRun:
+    x = normal(device, tokens, sizes.hidden)
+    return run_of(act_round_fp8, act_round_fp8_torch, (x, 128), bits, result_bytes=x.nbytes)
 
 
 def _run_act_quant_fp4(sizes: Sizes, tokens: int, device: Device) -> OpRun:
@@ -192,6 +197,7 @@ def _bf16_or_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 DENSE_RUNS = {
     "act_quant_fp8": _run_act_quant_fp8,
+    "act_round_fp8": _run_act_round_fp8,
     "act_quant_fp4": _run_act_quant_fp4,
     "act_round_fp4": _run_act_round_fp4,
     "hadamard": _run_hadamard,

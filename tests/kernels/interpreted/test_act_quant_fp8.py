@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from v4quant.kernels.act_quant_fp8 import act_quant_fp8, act_quant_fp8_torch
+from v4quant.kernels.act_quant_fp8 import (
+    act_quant_fp8,
+    act_quant_fp8_torch,
+    act_round_fp8,
+    act_round_fp8_torch,
+)
 from v4quant.testing.tensors import every_finite_bf16
 
 
@@ -27,3 +32,12 @@ def test_equals_the_reference(kind: str, block: int) -> None:
     expected_codes, expected_scale_e8m0 = act_quant_fp8_torch(x, block)
     assert torch.equal(scale_e8m0, expected_scale_e8m0)
     assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in multiply")  # to infinity, as on devices
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("kind", ["every pattern", "zeros", "one row", "wide range"])
+def test_round_trip_equals_the_reference(kind: str, block: int) -> None:
+    x = rows(kind)
+    found = act_round_fp8(x, block)
+    assert torch.equal(found.view(torch.int16), act_round_fp8_torch(x, block).view(torch.int16))
