@@ -12,7 +12,7 @@ import v4quant
 PACKAGE = Path(v4quant.__file__).parent
 
 # Modules that everyone may import.
-COMMON = {"errors", "dtypes", "encodings", "strict_json", "config", "names", "inventory"}
+COMMON = {"errors", "dtypes", "encodings", "strict_json", "config", "config_keys", "names", "inventory"}
 # Room -> rooms it may import besides itself and the common modules.
 ARROWS = {
     "cli": {"testing", "model", "checkpoint", "formats"},
@@ -27,7 +27,8 @@ ARROWS = {
     "dtypes": set(),
     "encodings": set(),
     "strict_json": set(),
-    "config": set(),
+    "config": {"config_keys"},
+    "config_keys": set(),
     "names": set(),
     "inventory": set(),
 }

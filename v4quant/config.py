@@ -5,12 +5,11 @@ inventory made from it fits in memory, and each error names the key, what was ex
 Source of keys and values: config.json of the April 2026, 0731 and 0813 releases.
 """
 
-import json
-from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from v4quant import strict_json
+from v4quant.config_keys import HINT_RELEASE, Keys, show
 from v4quant.encodings import BF16_SCHEME, NATIVE_SCHEME, Scheme
 from v4quant.errors import UsageError
 
@@ -64,7 +63,6 @@ _FIXED = {
 }
 # Positive numbers of the arithmetic.
 _NUMBERS = ("swiglu_limit", "routed_scaling_factor", "rms_norm_eps", "hc_eps", "rope_theta", "compress_rope_theta")
-_HINT_RELEASE = "Use the config.json of the release that these weights came from, unchanged."
 _HINT_SUPPORTED = "v4quant converts DeepSeek-V4 Flash and Pro, their Base models, Flash-0731 and Pro-0813."
 
 
@@ -184,7 +182,7 @@ class V4Config:
             UsageError: if it is not the config of a V4 text model, or a key is missing, of the wrong type, out of
                 range, or contradicts another.
         """
-        keys = _Keys(data, where)
+        keys = Keys(data, where)
         _require_v4_text_model(keys)
         integers = {key: keys.integer(key, *bounds) for key, bounds in _INTEGERS.items()}
         numbers: dict[str, Any] = {key: keys.number(key) for key in _NUMBERS}
@@ -218,95 +216,18 @@ def parse_config_json(text: str | bytes, where: str) -> dict[str, Any]:
     if len(text) > MAX_CONFIG_BYTES:
         raise UsageError(
             f"{where} has {len(text):,} bytes, expected a config.json of at most {MAX_CONFIG_BYTES:,}",
-            hint=_HINT_RELEASE,
+            hint=HINT_RELEASE,
         )
     try:
         data = strict_json.parse(text)
     except ValueError as error:
-        raise UsageError(f"{where} is not valid JSON: {error}", hint=_HINT_RELEASE) from None
+        raise UsageError(f"{where} is not valid JSON: {error}", hint=HINT_RELEASE) from None
     if not isinstance(data, dict):
-        raise UsageError(f"{where} holds {_show(data)}, expected a JSON object", hint=_HINT_RELEASE)
+        raise UsageError(f"{where} holds {show(data)}, expected a JSON object", hint=HINT_RELEASE)
     return data
 
 
-class _Keys:
-    """The keys of one JSON object, read with their type and range checked.
-
-    Args:
-        data: the object.
-        where: what to call the file in errors.
-        path: what to put before a key in errors: "" or "quantization_config.".
-    """
-
-    def __init__(self, data: object, where: str, path: str = "") -> None:
-        self.where = where
-        self.path = path
-        if not isinstance(data, dict):
-            name = path.rstrip(".") or "the file"
-            raise UsageError(f"{where}: {name} is {_show(data)}, expected a JSON object", hint=_HINT_RELEASE)
-        self.data: dict[str, Any] = data
-
-    def get(self, key: str) -> Any:
-        """The value, None where the key is absent or null."""
-        return self.data.get(key)
-
-    def wrong(self, key: str, expected: str, hint: str = _HINT_RELEASE) -> NoReturn:
-        """Raise the error for a key."""
-        found = f"is {_show(self.data[key])}" if key in self.data else "is missing"
-        raise UsageError(f"{self.where}: {self.path}{key} {found}, expected {expected}", hint=hint)
-
-    def integer(self, key: str, smallest: int, largest: int) -> int:
-        """A required integer within bounds; true, 4096.0 and "4096" are none."""
-        value = self.get(key)
-        if type(value) is not int or not smallest <= value <= largest:
-            bounds = str(smallest) if smallest == largest else f"an integer from {smallest:,} to {largest:,}"
-            self.wrong(key, bounds)
-        return value
-
-    def number(self, key: str) -> float:
-        """A required positive finite number."""
-        value = self.get(key)
-        # The upper bound also keeps float() from overflowing.
-        if type(value) not in (int, float) or not 0 < value < 1e30:
-            self.wrong(key, "a positive number")
-        return float(value)
-
-    def integers(self, key: str, allowed: Container[int], expected: str) -> tuple[int, ...]:
-        """A required array of allowed integers; `expected` says in words what one may be."""
-        value = self.get(key)
-        if not isinstance(value, list):
-            self.wrong(key, f"an array, each element {expected}")
-        for position, element in enumerate(value):
-            if type(element) is not int or element not in allowed:
-                raise UsageError(
-                    f"{self.where}: {self.path}{key}[{position}] is {_show(element)}, expected {expected}",
-                    hint=_HINT_RELEASE,
-                )
-        return tuple(value)
-
-    def choice(self, key: str, known: tuple[str, ...]) -> str | None:
-        """One of the known strings; None where the key is absent or null."""
-        value = self.get(key)
-        if value is not None and (not isinstance(value, str) or value not in known):
-            self.wrong(key, f"one of {', '.join(known)}, or no such key")
-        return value
-
-
-def _show(value: object) -> str:
-    """A JSON value for an error message: short, one line, printable ASCII."""
-    if isinstance(value, dict):
-        return f"an object of {len(value)} keys"
-    if isinstance(value, list):
-        if len(value) > 8 or any(isinstance(element, dict | list) for element in value):
-            return f"an array of {len(value)} elements"
-        return f"[{', '.join(_show(element) for element in value)}]"
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"an integer of {value.bit_length()} bits"
-    text = json.dumps(value) if value is None or isinstance(value, bool) else ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _require_v4_text_model(keys: _Keys) -> None:
+def _require_v4_text_model(keys: Keys) -> None:
     model_type = keys.get("model_type")
     text_config = keys.get("text_config")
     nested = text_config.get("model_type") if isinstance(text_config, dict) else None
@@ -319,7 +240,7 @@ def _require_v4_text_model(keys: _Keys) -> None:
     vision = sorted(key for key in keys.data if key.startswith("vision_"))
     if model_type == "deepseek_v4" and vision:
         raise UsageError(
-            f"{keys.where}: DeepSeek-V4-Flash-Vision-Exp is recognised but not supported: key {_show(vision[0])} "
+            f"{keys.where}: DeepSeek-V4-Flash-Vision-Exp is recognised but not supported: key {show(vision[0])} "
             "announces a vision tower and its aligner, expected a text model without vision_* keys",
             hint=_HINT_SUPPORTED,
         )
@@ -333,10 +254,10 @@ def _require_v4_text_model(keys: _Keys) -> None:
         keys.wrong("model_type", "'deepseek_v4'", "v4quant reads DeepSeek-V4 checkpoints only.")
 
 
-def _quantization_config(keys: _Keys) -> QuantizationConfig | None:
+def _quantization_config(keys: Keys) -> QuantizationConfig | None:
     if keys.get("quantization_config") is None:
         return None
-    inner = _Keys(keys.get("quantization_config"), keys.where, "quantization_config.")
+    inner = Keys(keys.get("quantization_config"), keys.where, "quantization_config.")
     for key in ("moe_quant_algo", "quant_algo"):
         if inner.get(key) is not None:
             inner.wrong(key, "no such key", "NVFP4 and mixed-precision checkpoints are not supported as a source.")
@@ -353,8 +274,8 @@ def _quantization_config(keys: _Keys) -> QuantizationConfig | None:
     )
 
 
-def _rope_scaling(keys: _Keys) -> RopeScaling:
-    inner = _Keys(keys.get("rope_scaling"), keys.where, "rope_scaling.")
+def _rope_scaling(keys: Keys) -> RopeScaling:
+    inner = Keys(keys.get("rope_scaling"), keys.where, "rope_scaling.")
     kind = inner.get("type") or inner.get("rope_type")
     if kind != "yarn":
         inner.wrong("type", "'yarn'")
@@ -366,7 +287,7 @@ def _rope_scaling(keys: _Keys) -> RopeScaling:
     )
 
 
-def _expert_dtype(keys: _Keys, *, quantized: bool) -> str | None:
+def _expert_dtype(keys: Keys, *, quantized: bool) -> str | None:
     """The experts' storage, from the top-level key or from quantization_config, where transformers moves it."""
     outer = keys.choice("expert_dtype", EXPERT_DTYPES)
     if not quantized:
@@ -377,10 +298,10 @@ def _expert_dtype(keys: _Keys, *, quantized: bool) -> str | None:
                 "Restore quantization_config from the release, or remove expert_dtype if every weight is BF16.",
             )
         return outer
-    inner = _Keys(keys.get("quantization_config"), keys.where, "quantization_config.")
+    inner = Keys(keys.get("quantization_config"), keys.where, "quantization_config.")
     moved = inner.choice("expert_dtype", EXPERT_DTYPES)
     if moved is not None and outer is not None and moved != outer:
-        inner.wrong("expert_dtype", f"{_show(outer)}, as the top-level expert_dtype says")
+        inner.wrong("expert_dtype", f"{show(outer)}, as the top-level expert_dtype says")
     if (outer or moved) == "bf16":
         (inner if outer is None else keys).wrong(
             "expert_dtype",
@@ -390,24 +311,24 @@ def _expert_dtype(keys: _Keys, *, quantized: bool) -> str | None:
     return outer or moved
 
 
-def _compress_ratios(keys: _Keys, layers: int) -> tuple[int, ...]:
+def _compress_ratios(keys: Keys, layers: int) -> tuple[int, ...]:
     ratios = keys.integers("compress_ratios", COMPRESS_RATIOS, "0, 4 or 128")
     if not layers <= len(ratios) <= layers + MAX_MTP_BLOCKS:
         raise UsageError(
             f"{keys.where}: compress_ratios has {len(ratios)} elements, expected num_hidden_layers = {layers} and one "
             f"for each MTP block, of which there are 0 to {MAX_MTP_BLOCKS}",
-            hint=_HINT_RELEASE,
+            hint=HINT_RELEASE,
         )
     if any(ratios[layers:]):
         raise UsageError(
             f"{keys.where}: compress_ratios ends in {list(ratios[layers:])}, expected only 0 after the first "
             f"num_hidden_layers = {layers}: MTP blocks have no compressor",
-            hint=_HINT_RELEASE,
+            hint=HINT_RELEASE,
         )
     return ratios
 
 
-def _dspark(keys: _Keys, layers: int) -> tuple[int | None, tuple[int, ...]]:
+def _dspark(keys: Keys, layers: int) -> tuple[int | None, tuple[int, ...]]:
     """Rank of the Markov tables and target layers; None and () where the release is no DSpark one."""
     if keys.get("dspark_markov_rank") is None and keys.get("dspark_target_layer_ids") is None:
         return None, ()
@@ -418,7 +339,7 @@ def _dspark(keys: _Keys, layers: int) -> tuple[int | None, tuple[int, ...]]:
     return rank, targets
 
 
-def _require_consistent(config: V4Config, keys: _Keys) -> None:
+def _require_consistent(config: V4Config, keys: Keys) -> None:
     """Check what single keys cannot show: divisions without a rest, one number within another, total size."""
     for key in ("hidden_size", "moe_intermediate_size"):
         if keys.data[key] % FP4_BLOCK_COLUMNS:
@@ -440,7 +361,7 @@ def _require_consistent(config: V4Config, keys: _Keys) -> None:
     ):
         if width > MAX_WIDTH:
             raise UsageError(
-                f"{keys.where}: {keys_of_width} is {width:,}, expected at most {MAX_WIDTH:,}", hint=_HINT_RELEASE
+                f"{keys.where}: {keys_of_width} is {width:,}, expected at most {MAX_WIDTH:,}", hint=HINT_RELEASE
             )
     blocks = len(config.compress_ratios)
     if config.n_routed_experts * blocks > MAX_ROUTED_EXPERTS_IN_ALL:
@@ -449,7 +370,7 @@ def _require_consistent(config: V4Config, keys: _Keys) -> None:
         keys.wrong("compress_ratios", "entries for the MTP blocks that dspark_markov_rank announces")
     for key, value in _FIXED.items():
         if keys.get(key) is not None and keys.get(key) != value:
-            keys.wrong(key, f"{_show(value)}, as in every release")
+            keys.wrong(key, f"{show(value)}, as in every release")
     if keys.get("tie_word_embeddings") not in (None, False):
         keys.wrong("tie_word_embeddings", "false: V4 stores a head of its own")
     if keys.get("num_key_value_heads") is not None:

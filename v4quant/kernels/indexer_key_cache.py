@@ -10,11 +10,11 @@ reads zeros. Bytes: kv_layout. Reading gives exactly what the released inference
 
 import torch
 
-from v4quant.kernels._backend import require, use_triton
+from v4quant.kernels._backend import use_triton
 from v4quant.kernels.act_quant_fp4 import act_quant_fp4_torch
 from v4quant.kernels.hadamard import hadamard_torch
-from v4quant.kernels.kv_cache import require_slots
-from v4quant.kernels.kv_layout import KEY_BLOCK, ROPE_DIM, PageLayout, key_layout
+from v4quant.kernels.kv_cache import require_entries, require_slots
+from v4quant.kernels.kv_layout import KEY_BLOCK, PageLayout, key_layout
 from v4quant.kernels.rms_norm import rms_norm_torch
 from v4quant.kernels.rope import rope_torch_
 
@@ -65,13 +65,8 @@ def indexer_key_write_fp4(
         TypeError: if a dtype is another.
         ValueError: if a shape does not fit, or a tensor is not contiguous.
     """
-    require("x", x, torch.bfloat16, (None, None))
-    tokens, dim = x.shape
-    if weight.dtype not in (torch.bfloat16, torch.float32):
-        raise TypeError(f"weight is {weight.dtype}, expected torch.bfloat16 or torch.float32")
-    require("weight", weight, weight.dtype, (dim,))
-    require("cos_sin", cos_sin, torch.float32, (tokens, ROPE_DIM))
-    require_slots(slots, tokens, layout, key_layout(layout.entries, dim))
+    require_entries(x, weight, cos_sin)
+    require_slots(slots, len(x), layout, key_layout(layout.entries, x.shape[1]))
     layout.require_pages(pages)
     if not use_triton(x):
         indexer_key_write_fp4_torch(x, weight, eps, cos_sin, pages, slots, layout)

@@ -65,13 +65,8 @@ def kv_write_fp8(
         TypeError: if a dtype is another.
         ValueError: if a shape does not fit, or a tensor is not contiguous.
     """
-    require("x", x, torch.bfloat16, (None, None))
-    tokens, dim = x.shape
-    if weight.dtype not in (torch.bfloat16, torch.float32):
-        raise TypeError(f"weight is {weight.dtype}, expected torch.bfloat16 or torch.float32")
-    require("weight", weight, weight.dtype, (dim,))
-    require("cos_sin", cos_sin, torch.float32, (tokens, ROPE_DIM))
-    require_slots(slots, tokens, layout, kv_layout(layout.entries, dim))
+    require_entries(x, weight, cos_sin)
+    require_slots(slots, len(x), layout, kv_layout(layout.entries, x.shape[1]))
     layout.require_pages(pages)
     if not use_triton(x):
         kv_write_fp8_torch(x, weight, eps, cos_sin, pages, slots, layout)
@@ -120,6 +115,20 @@ def kv_read_fp8(pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout, di
     from v4quant.kernels._kv_cache_triton import launch_read
 
     return launch_read(pages, slots, layout, dim)
+
+
+def require_entries(x: torch.Tensor, weight: torch.Tensor, cos_sin: torch.Tensor) -> None:
+    """Check entries to write, x [T, D], the weight of their norm and their rotation.
+
+    Raises:
+        TypeError, ValueError: if one does not fit.
+    """
+    require("x", x, torch.bfloat16, (None, None))
+    tokens, dim = x.shape
+    if weight.dtype not in (torch.bfloat16, torch.float32):
+        raise TypeError(f"weight is {weight.dtype}, expected torch.bfloat16 or torch.float32")
+    require("weight", weight, weight.dtype, (dim,))
+    require("cos_sin", cos_sin, torch.float32, (tokens, ROPE_DIM))
 
 
 def require_slots(slots: torch.Tensor, tokens: int | None, layout: PageLayout, expected: PageLayout) -> None:
