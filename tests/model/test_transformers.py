@@ -149,8 +149,8 @@ def _forget_the_sink(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_the_routed_scaling(patch: pytest.MonkeyPatch) -> None:
-    def unscaled(x: torch.Tensor, ids: torch.Tensor, weights: Any, config: V4Config) -> Any:
-        return pick_experts(x, ids, weights, replace(config, routed_scaling_factor=1.0))
+    def unscaled(x: torch.Tensor, ids: torch.Tensor, weights: Any, config: V4Config, ops: Any) -> Any:
+        return pick_experts(x, ids, weights, replace(config, routed_scaling_factor=1.0), ops)
 
     patch.setattr(block, "pick_experts", unscaled)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from v4quant import strict_json
 from v4quant.checkpoint.header import TensorEntry, build_header, read_header
 from v4quant.checkpoint.output import PARTIAL_SUFFIX, ShardFile
 from v4quant.errors import CheckpointError, UsageError
@@ -19,7 +20,13 @@ _DTYPES = {
 
 
 class TensorFile:
-    """A safetensors file to read from; its header is checked as that of a checkpoint."""
+    """A safetensors file to read from; its header is checked as that of a checkpoint.
+
+    Attributes:
+        path: the file.
+        tensors: its entries by name.
+        metadata: text from its header.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read the header.
@@ -33,7 +40,8 @@ class TensorFile:
             raise UsageError(f"{path}: {what}, expected a safetensors file", hint="Check the path.")
         self.path = path
         size = path.stat().st_size
-        _, self.tensors = read_header(str(path), size, self._read)
+        text, self.tensors = read_header(str(path), size, self._read)
+        self.metadata: dict[str, str] = strict_json.parse(text).get("__metadata__", {})
 
     def read(self, name: str, dtypes: Iterable[torch.dtype]) -> torch.Tensor:
         """A tensor of one of these dtypes.
@@ -52,6 +60,22 @@ class TensorFile:
         if not buffer:
             return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
         return torch.frombuffer(buffer, dtype=_DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def columns(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Columns [first, last) of a matrix in the file, in its dtype: [rows, last - first].
+
+        Raises:
+            CheckpointError: if they cannot be read.
+        """
+        entry = self.tensors[name]
+        rows, width = entry.shape
+        size = entry.bytes // (rows * width)
+        out = bytearray(rows * (last - first) * size)
+        length = (last - first) * size
+        for row in range(rows):
+            start = entry.start + (row * width + first) * size
+            out[row * length : (row + 1) * length] = self._read(start, start + length)
+        return torch.frombuffer(out, dtype=_DTYPES[entry.dtype]).reshape(rows, last - first)
 
     def _read(self, start: int, stop: int) -> bytes:
         try:

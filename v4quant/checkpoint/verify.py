@@ -139,6 +139,22 @@ def verify_values(
     return report
 
 
+def value_differences(
+    out: Checkpoint, source: Checkpoint, prefix: str, *, workers: int = DEFAULT_WORKERS
+) -> list[Mismatch]:
+    """Tensors whose name begins with `prefix` and whose values are not the source's, whatever a certificate allows.
+
+    Raises:
+        CheckpointError: if data cannot be read.
+    """
+    tensors = [tensor for tensor in source.logical if tensor.name.startswith(prefix)]
+
+    def check(tensor: LogicalTensor) -> Verdict | Mismatch:
+        return _check_values(out, source, tensor, None, _ignore)
+
+    return [found for found in _in_threads(check, tensors, workers) if isinstance(found, Mismatch)]
+
+
 def verify_against(
     out: Checkpoint, source: Checkpoint, *, workers: int = DEFAULT_WORKERS, progress: Advance = _ignore
 ) -> VerifyReport:

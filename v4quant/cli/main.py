@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import v4quant
-from v4quant.cli import convert, demo, inspect_, reference, synth, verify
+from v4quant.cli import convert, demo, inspect_, parity, reference, synth, verify
 from v4quant.cli._output import escaped
 from v4quant.errors import InterruptedRunError, OutputError, V4QuantError
 
@@ -23,7 +23,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (inspect_.inspect, synth.synth, convert.convert, verify.verify, reference.reference, demo.demo):
+for command in (
+    inspect_.inspect,
+    synth.synth,
+    convert.convert,
+    verify.verify,
+    reference.reference,
+    parity.parity,
+    demo.demo,
+):
     app.command()(command)
 
 

@@ -1,14 +1,13 @@
 """`v4quant reference`: run the model, layer by layer, and write what it computes."""
 
 import re
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from v4quant.cli._memory import peak_memory_bytes
 from v4quant.cli._options import JsonMode, Overwrite, Source
 from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.cli._progress import layer_progress
@@ -16,9 +15,6 @@ from v4quant.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from v4quant.model.arithmetic import Arithmetic
-
-# ru_maxrss counts KiB, except on macOS.
-_MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 def reference(
@@ -69,7 +65,7 @@ def reference(
             write_reference(model, task, out, done)
         read = model.reader.weights.bytes_read
     seconds = time.monotonic() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES
+    peak = peak_memory_bytes()
     output.line(f"{checkpoint.release}, {checkpoint.scheme.name}: layers {task.first} to {task.last}")
     output.line(
         f"{plural(len(task.input_ids), 'token')}, {task.prefill:,} in the prefill and "

@@ -4,6 +4,7 @@ The two halves are separate because only attention looks at other tokens: a run 
 through attention chunk by chunk, and through the experts all at once, so that each expert is read once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from v4quant.config import V4Config
 from v4quant.model.attention import attention
 from v4quant.model.cache import BlockCache
 from v4quant.model.chunk import Chunk
-from v4quant.model.experts import ExpertSource, routed_experts, shared_expert
+from v4quant.model.experts import Asked, ExpertSource, routed_experts, shared_expert
 from v4quant.model.operations import Operations
 from v4quant.model.rope import Rotation
 from v4quant.model.router import pick_experts
@@ -42,10 +43,18 @@ class Block:
     ) -> None:
         self.weights = weights
         self.ratio = ratio
-        self._experts = experts
+        self.experts = experts
         self._config = config
         self._ops = ops
         self._rotation = Rotation(config, ratio, weights.attention.sink.device)
+
+    def with_operations(self, ops: Operations) -> "Block":
+        """The same weights, run with other operations."""
+        return Block(self.weights, self.ratio, self.experts, self._config, ops)
+
+    def with_weights(self, weights: BlockWeights, experts: ExpertSource) -> "Block":
+        """The same arithmetic with other weights."""
+        return Block(weights, self.ratio, experts, self._config, self._ops)
 
     def cache(self, sequences: int) -> BlockCache:
         """An empty cache for so many sequences."""
@@ -77,10 +86,34 @@ class Block:
             streams: activations [T, S, d].
             input_ids: int64 [T]; what hash layers route by.
         """
+        return feed_forward_each([(self, streams, input_ids)])[0]
+
+    def _ask(self, streams: torch.Tensor, input_ids: torch.Tensor) -> tuple[Asked, torch.Tensor, torch.Tensor]:
+        """What the streams ask of the experts, and post and comb to return their output with."""
         weights, ops, config = self.weights, self._ops, self._config
         x, post, comb = ops.mix(streams, weights.ffn_mix)  # [T, d]
         x = ops.rms_norm(x, weights.ffn_norm)
-        indices, share = pick_experts(x, input_ids, weights.router, config)
-        routed = routed_experts(x, indices, share, self._experts, config.n_routed_experts, config.swiglu_limit, ops)
-        routed += shared_expert(x, weights.shared_expert, config.swiglu_limit, ops).float()
-        return Routed(ops.combine(routed.to(ops.dtype), streams, post, comb), indices, share)
+        indices, share = pick_experts(x, input_ids, weights.router, config, ops)
+        return Asked(x, indices, share, config.n_routed_experts, config.swiglu_limit, ops), post, comb
+
+    def _return(
+        self, asked: Asked, routed: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
+    ) -> Routed:
+        """Add the shared expert to what the routed ones gave, float32 [T, d], and return it to the streams."""
+        ops = self._ops
+        routed += shared_expert(asked.x, self.weights.shared_expert, asked.limit, ops).float()
+        return Routed(ops.combine(routed.to(ops.dtype), streams, post, comb), asked.indices, asked.weights)
+
+
+def feed_forward_each(runs: Sequence[tuple[Block, torch.Tensor, torch.Tensor]]) -> list[Routed]:
+    """The second half of blocks that share one source of experts, which are read once for all runs.
+
+    Args:
+        runs: block, streams [T, S, d] and input_ids int64 [T] of each.
+    """
+    asked = [block._ask(streams, input_ids) for block, streams, input_ids in runs]
+    routed = routed_experts([own for own, _, _ in asked], runs[0][0].experts)
+    return [
+        block._return(own, found, streams, post, comb)
+        for (block, streams, _), (own, post, comb), found in zip(runs, asked, routed, strict=True)
+    ]

@@ -1,7 +1,6 @@
 """Compressed entries: pool the windows that a chunk completes, and keep the open ones for the next chunk."""
 
 import torch
-from torch.nn import functional
 
 from v4quant.kernels.compress_kv import CompressorState, compressor_append_, window_ends
 from v4quant.model.cache import PagedStore
@@ -29,7 +28,7 @@ def compress(
     """
     ratio = weights.ape.shape[0]
     wide = x.float()
-    kv, score = functional.linear(wide, weights.wkv), functional.linear(wide, weights.wgate)  # [T, C] both
+    kv, score = ops.wide_linear(wide, weights.wkv), ops.wide_linear(wide, weights.wgate)  # [T, C] both
     ends = window_ends(chunk.positions, ratio)  # [E]
     if len(ends):
         pooled = ops.compress(kv, score, weights, state, chunk.sequences, chunk.positions, ends)  # [E, D]

@@ -67,7 +67,7 @@ class ResidentExperts:
         if experts and self._coded is not None:
             yield self._numbers, self._coded
 
-    def each(self, experts: list[int], run: Callable[[int, Expert], torch.Tensor]) -> Iterator[torch.Tensor]:
+    def each(self, experts: list[int], run: Callable[[int, Expert], _Value]) -> Iterator[_Value]:
         """What `run` makes of these, one by one."""
         return (run(number, self._decoded[number]) for number in experts)
 
@@ -104,17 +104,15 @@ class ExpertReader:
         while pending:
             yield _result(pending)
 
-    def each(
-        self, prefix: str, experts: list[int], run: Callable[[int, Expert], torch.Tensor]
-    ) -> Iterator[torch.Tensor]:
+    def each(self, prefix: str, experts: list[int], run: Callable[[int, Expert], _Value]) -> Iterator[_Value]:
         """What `run` makes of each of these experts, in this order."""
         inference = torch.is_inference_mode_enabled()
 
-        def run_read(number: int, expert: Future[Expert]) -> torch.Tensor:
+        def run_read(number: int, expert: Future[Expert]) -> _Value:
             with torch.inference_mode(inference):  # a mode of each thread
                 return run(number, expert.result())
 
-        pending: deque[Future[torch.Tensor]] = deque()
+        pending: deque[Future[_Value]] = deque()
         try:
             for place, number in enumerate(experts):
                 if len(pending) == len(self._buffers):
@@ -161,6 +159,6 @@ class StreamedExperts:
         """These, in groups as they are read."""
         return self._experts.coded(self._prefix, experts)
 
-    def each(self, experts: list[int], run: Callable[[int, Expert], torch.Tensor]) -> Iterator[torch.Tensor]:
+    def each(self, experts: list[int], run: Callable[[int, Expert], _Value]) -> Iterator[_Value]:
         """What `run` makes of these, as they are read."""
         return self._experts.each(self._prefix, experts, run)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from v4quant.config import V4Config
 from v4quant.kernels.compress_kv import CompressorState, pool_windows
 from v4quant.kernels.sparse_attention import Picked
+from v4quant.model.operations import multiply_each
 from v4quant.model.weights import CompressorWeights, HyperWeights, Matrix
 
 # Queries at a time in attention.
@@ -54,7 +55,7 @@ class Float32:
         return x
 
     def multiply(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        return torch.cat([functional.linear(x, piece.float()) for piece in matrix.pieces()], 1)
+        return multiply_each([self], [x], matrix)[0]
 
     def linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         return self.multiply(x, matrix)
@@ -62,8 +63,14 @@ class Float32:
     def plain_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, weight.float())
 
+    def wide_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, weight)
+
     def grouped_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.einsum("tgk,gnk->tgn", x, weight.float())
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+        return functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return _rms_norm(x, self._config.rms_norm_eps) * weight.float()

@@ -3,10 +3,9 @@
 T tokens, S streams of d dims, V vocabulary. The head's product is FP32, as in DeepSeek's released inference code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch.nn import functional
 
 from v4quant.model.chunk import check_ids
 from v4quant.model.operations import Operations
@@ -62,12 +61,29 @@ class Head:
         for first in range(0, self.vocabulary, _PIECE_ROWS):
             yield self._weights.rows("head.weight", first, min(first + _PIECE_ROWS, self.vocabulary)).to(self._device)
 
+    def collapse(self, streams: torch.Tensor, ops: Operations | None = None) -> torch.Tensor:
+        """What streams [T, S, d] bring to the vocabulary matrix: float32 [T, d].
+
+        Args:
+            ops: to compute with, if not with the head's own.
+        """
+        ops = ops or self._ops
+        return ops.rms_norm(ops.collapse(streams, self._mix), self._norm).float()  # [T, d]
+
+    def pieces(self) -> Iterable[torch.Tensor]:
+        """The vocabulary matrix some rows at a time: bfloat16 [some, d]."""
+        return self._read() if self._kept is None else self._kept
+
+    def product(self, x: torch.Tensor, piece: torch.Tensor, ops: Operations | None = None) -> torch.Tensor:
+        """Logits of a piece of the vocabulary: float32 [T, some] of collapsed streams [T, d]."""
+        return (ops or self._ops).wide_linear(x, piece.float())
+
     def logits(self, streams: torch.Tensor) -> torch.Tensor:
         """Next-token logits of streams [T, S, d]: float32 [T, V]."""
-        x = self._ops.rms_norm(self._ops.collapse(streams, self._mix), self._norm).float()  # [T, d]
+        x = self.collapse(streams)
         out = torch.empty(len(x), self.vocabulary, device=x.device)
         first = 0
-        for piece in self._read() if self._kept is None else self._kept:
-            out[:, first : first + len(piece)] = functional.linear(x, piece.float())
+        for piece in self.pieces():
+            out[:, first : first + len(piece)] = self.product(x, piece)
             first += len(piece)
         return out

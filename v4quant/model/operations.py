@@ -54,10 +54,16 @@ class Operations(Protocol):
         """prepare, then multiply."""
 
     def plain_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Activations [T, K] times a BF16 weight [N, K] that no release quantises: [T, N]."""
+        """Activations [T, K] times a BF16 weight [N, K], as it is: [T, N]."""
+
+    def wide_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """float32 [T, K] times float32 [N, K]: float32 [T, N]."""
 
     def grouped_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [T, g, K] times weight [g, N, K], group by group: [T, g, N]."""
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+        """silu(min(gate, limit)) * clamp(up, -limit, limit) of activations [T, m]: float32 [T, m]."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm of rows [T, d] with a learned weight."""
@@ -105,6 +111,22 @@ class Operations(Protocol):
 
     def collapse(self, x: torch.Tensor, weights: HyperWeights) -> torch.Tensor:
         """The streams [T, S, d] as one [T, d], before the final norm."""
+
+
+def multiply_each(ops: Sequence[Operations], prepared: Sequence[torch.Tensor], matrix: Matrix) -> list[torch.Tensor]:
+    """Products of one matrix with prepared activations [T, K] of several runs, which decode it once between them.
+
+    Returns:
+        activations [T, N] of each, the same bits as ops.multiply gives.
+    """
+    pairs = list(zip(ops, prepared, strict=True))
+    if matrix.scale is not None:
+        return [own.multiply(x, matrix) for own, x in pairs]
+    parts: list[list[torch.Tensor]] = [[] for _ in pairs]
+    for piece in matrix.pieces():
+        for done, (own, x) in zip(parts, pairs, strict=True):
+            done.append(own.plain_linear(x, piece))
+    return [done[0] if len(done) == 1 else torch.cat(done, 1) for done in parts]
 
 
 def operations(config: V4Config, arithmetic: Arithmetic) -> Operations:

@@ -23,6 +23,7 @@ from v4quant.kernels.rms_norm import rms_norm
 from v4quant.kernels.rope import rope_
 from v4quant.kernels.sparse_attention import Picked, sparse_attention
 from v4quant.kernels.top_k import top_k
+from v4quant.model.operations import multiply_each
 from v4quant.model.weights import CompressorWeights, HyperWeights, Matrix
 
 ACTIVATION_BLOCK = 128
@@ -84,8 +85,7 @@ class Release:
 
     def multiply(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         if matrix.scale is None:
-            parts = [functional.linear(x, piece) for piece in matrix.pieces()]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            return multiply_each([self], [x], matrix)[0]
         # Quantising what prepare has rounded gives the same values: they are E4M3 times a power of two already.
         return fp8_gemm(*act_quant_fp8(x, ACTIVATION_BLOCK), matrix.weight, matrix.scale)
 
@@ -95,8 +95,14 @@ class Release:
     def plain_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, weight)
 
+    def wide_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, weight)
+
     def grouped_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.einsum("tgk,gnk->tgn", x, weight)
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+        return functional.silu(gate.float().clamp_(max=limit)).mul_(up.float().clamp_(-limit, limit))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, weight, self._config.rms_norm_eps)

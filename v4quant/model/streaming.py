@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from v4quant.checkpoint.reader import Checkpoint
+from v4quant.config import V4Config
 from v4quant.model.arithmetic import Arithmetic
-from v4quant.model.block import Block
+from v4quant.model.block import Block, feed_forward_each
 from v4quant.model.chunk import Chunk, check_prompts, split
 from v4quant.model.expert_sources import ExpertReader, StreamedExperts
 from v4quant.model.head import Head, embed, streams_of
@@ -71,12 +72,47 @@ class BlockResult:
     indexer_topk: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Lane:
+    """One of several runs that go through a block side by side.
+
+    Attributes:
+        block: with the run's own operations, and weights where it has its own.
+        streams: activations [T, S, d].
+        schedule: of its tokens.
+    """
+
+    block: Block
+    streams: torch.Tensor
+    schedule: Schedule
+
+
 def run_block(block: Block, streams: torch.Tensor, schedule: Schedule) -> BlockResult:
     """Take all tokens through a block, with a cache of its own.
 
     Args:
         streams: activations [T, S, d].
     """
+    return run_lanes([Lane(block, streams, schedule)])[0]
+
+
+def run_lanes(lanes: Sequence[Lane]) -> list[BlockResult]:
+    """Take all tokens of several runs through blocks that share one source of experts; each expert is read once.
+
+    The bits of each are those of run_block alone.
+    """
+    attended = [_attend(lane) for lane in lanes]
+    inputs = zip(lanes, attended, strict=True)
+    routed = feed_forward_each([(lane.block, streams, lane.schedule.input_ids) for lane, (streams, _) in inputs])
+    return [
+        BlockResult(found.streams, found.indices, found.weights, picks)
+        for found, (_, picks) in zip(routed, attended, strict=True)
+    ]
+
+
+def _attend(lane: Lane) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Streams after attention, and the indexer's picks, int32 [T, K], -1 for none."""
+    block, streams, schedule = lane.block, lane.streams, lane.schedule
     cache = block.cache(schedule.sequences)
     attended = torch.empty_like(streams)
     picks: list[torch.Tensor] = []
@@ -84,28 +120,35 @@ def run_block(block: Block, streams: torch.Tensor, schedule: Schedule) -> BlockR
         attended[rows], picked = block.attend(streams[rows], chunk, cache)
         if picked is not None:
             picks.append(picked)
-    routed = block.feed_forward(attended, schedule.input_ids)
-    topk = None
-    if picks:
-        widest = max(picked.shape[1] for picked in picks)
-        topk = torch.full((len(streams), widest), -1, dtype=torch.int32, device=streams.device)
-        for rows, picked in zip(schedule.rows, picks, strict=True):
-            topk[rows, : picked.shape[1]] = picked
-    return BlockResult(routed.streams, routed.indices, routed.weights, topk)
+    if not picks:
+        return attended, None
+    widest = max(picked.shape[1] for picked in picks)
+    topk = torch.full((len(streams), widest), -1, dtype=torch.int32, device=streams.device)
+    for rows, picked in zip(schedule.rows, picks, strict=True):
+        topk[rows, : picked.shape[1]] = picked
+    return attended, topk
 
 
 class StreamedModel:
     """A checkpoint, run block by block; a context manager, as threads read ahead."""
 
     def __init__(
-        self, checkpoint: Checkpoint, arithmetic: Arithmetic | None = None, device: torch.device | str = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        arithmetic: Arithmetic | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        config: V4Config | None = None,
     ) -> None:
         """Prepare to run; no weights are read yet.
+
+        Args:
+            config: to run by, if not the checkpoint's own; of the same shapes.
 
         Raises:
             CheckpointError: if the checkpoint has problems.
         """
-        self.config = checkpoint.config
+        self.config = config or checkpoint.config
         self.source_id = checkpoint.source_id()
         self.reader = Reader(checkpoint, arithmetic or Arithmetic(), device)
         self.ops = operations(self.config, self.reader.arithmetic)

@@ -1,0 +1,266 @@
+"""`v4quant parity`: does a checkpoint still compute what the original computes?"""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from v4quant.cli._memory import peak_memory_bytes
+from v4quant.cli._options import JsonMode
+from v4quant.cli._output import Output, decimal_bytes, plural
+from v4quant.cli._progress import layer_progress
+from v4quant.errors import CheckFailedError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from v4quant.checkpoint.reader import Checkpoint
+    from v4quant.parity.compare import Task
+    from v4quant.parity.prompts import Prompts
+    from v4quant.parity.stored import StoredOutputs
+
+_SHOWN_DEPARTURES = 5
+_SHOWN_TENSORS = 5
+
+
+def parity(
+    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="Checkpoint in question.", show_default=False)],
+    against: Annotated[
+        Path | None, typer.Option(metavar="REFERENCE", help="Checkpoint to compare with.", show_default=False)
+    ] = None,
+    reference_outputs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Compare with outputs that `v4quant reference` wrote, on their tokens."),
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Token ids: *.jsonl, or safetensors. [built from the config]")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text, encoded by the reference's tokenizer.")
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens to build, or to take of a text. [as every path needs]", min=1),
+    ] = None,
+    prefill: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens of the prefill; the others are decode steps. [all but 8]", min=1),
+    ] = None,
+    index_topk: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Let both sides pick N entries, so that short prompts have to choose.", min=1),
+    ] = None,
+    arithmetic: Annotated[
+        str, typer.Option(help="release: activations rounded as in the release. stored: as each format would be run.")
+    ] = "release",
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write parity.json and report.html.", show_default=False)
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(metavar="X", help="Fail above this mean KL, in nats.", min=0.0)
+    ] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(metavar="X", help="Fail below this top-1 agreement, 0 to 1.", min=0.0, max=1.0)
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the report that DIR holds.")] = False,
+    json_mode: JsonMode = False,
+) -> None:
+    """Run two checkpoints layer by layer over the same tokens, and judge the difference by the reference's own noise.
+
+    \b
+    v4quant parity flash-fp8 --against DeepSeek-V4-Flash --report report
+    v4quant parity flash-fp8 --against DeepSeek-V4-Flash --text prompts.txt --max-kl 0.01
+    v4quant parity pro-fp8 --reference-outputs pro.safetensors
+    v4quant parity flash-fp8 --against DeepSeek-V4-Flash --length 300 --index-topk 16
+    """
+    # torch loads here, so that `v4quant --help` need not wait for it.
+    from v4quant.parity.compare import compare
+    from v4quant.parity.result import check_gates, to_json
+
+    output = Output(json_mode)
+    task = _task(candidate, against, reference_outputs, tokens, text, length, prefill, index_topk, arithmetic, device)
+    if report is not None:
+        _require_report_folder(report, [candidate, *([against] if against else [])], overwrite)
+    with ExitStack() as bars:
+        comparison = compare(task, lambda steps: bars.enter_context(layer_progress(steps, "parity")))
+    gates = check_gates(comparison, max_kl, min_top1)
+    result = to_json(task, comparison, gates)
+    result["evidence"]["peak_memory_bytes"] = peak_memory_bytes()
+    if report is not None:
+        from v4quant.parity.report import write_report
+
+        result["report"] = str(write_report(result, report))
+    output.result(result)
+    print_result(output, result)
+    _fail_on(result)
+
+
+def _task(
+    candidate: Path,
+    against: Path | None,
+    reference_outputs: Path | None,
+    tokens: Path | None,
+    text: Path | None,
+    length: int | None,
+    prefill: int | None,
+    index_topk: int | None,
+    arithmetic: str,
+    device: str,
+) -> "Task":
+    """Open what is compared, and read or build the tokens."""
+    from v4quant.checkpoint.reader import open_checkpoint
+    from v4quant.model.arithmetic import Activations
+    from v4quant.model.device import device_named
+    from v4quant.parity.compare import Task
+    from v4quant.parity.stored import StoredOutputs
+
+    if (against is None) == (reference_outputs is None):
+        raise UsageError(
+            "give what to compare with: --against REFERENCE or --reference-outputs FILE"
+            if against is None
+            else "--against and --reference-outputs are both given, expected one",
+            hint="For example: v4quant parity flash-fp8 --against DeepSeek-V4-Flash",
+        )
+    if arithmetic not in (Activations.RELEASE, Activations.STORED):
+        raise UsageError(f"--arithmetic is {arithmetic!r}, expected release or stored")
+    place = device_named(device)
+    checkpoint = open_checkpoint(candidate)
+    checkpoint.require_sound()
+    if against is not None:
+        reference: Checkpoint | StoredOutputs = open_checkpoint(against)
+    else:
+        assert reference_outputs is not None
+        reference = StoredOutputs(reference_outputs, checkpoint.config)
+    prompts = _prompts(checkpoint, reference, tokens, text, length, prefill, index_topk)
+    return Task(checkpoint, reference, prompts, Activations(arithmetic), place, index_topk)
+
+
+def _prompts(
+    candidate: "Checkpoint",
+    reference: "Checkpoint | StoredOutputs",
+    tokens: Path | None,
+    text: Path | None,
+    length: int | None,
+    prefill: int | None,
+    index_topk: int | None,
+) -> "Prompts":
+    from dataclasses import replace
+
+    from v4quant.parity.prompts import Prompts, built_prompts, read_prompts, text_prompts
+    from v4quant.parity.stored import StoredOutputs
+
+    config = candidate.config if index_topk is None else replace(candidate.config, index_topk=index_topk)
+    if isinstance(reference, StoredOutputs):
+        given = {"--tokens": tokens, "--text": text, "--length": length, "--prefill": prefill}
+        given["--index-topk"] = index_topk
+        wrong = next((name for name, value in given.items() if value is not None), None)
+        if wrong:
+            raise UsageError(f"{wrong} is given with --reference-outputs, whose tokens and settings are in the file")
+        return Prompts.of([reference.input_ids], reference.prefill, config, str(reference.path))
+    if tokens is not None and text is not None:
+        raise UsageError("--tokens and --text are both given, expected one")
+    if tokens is not None:
+        if length is not None:
+            raise UsageError("--length is given with --tokens, expected one: all tokens of the file are run")
+        return read_prompts(tokens, config, prefill)
+    if text is not None:
+        return text_prompts(text, reference.files, config, length, prefill)
+    return built_prompts(config, length, prefill)
+
+
+def _require_report_folder(report: Path, checkpoints: list[Path], overwrite: bool) -> None:
+    """Refuse a place for the report before hours of work.
+
+    Raises:
+        UsageError: if it lies in a checkpoint.
+        OutputError: if it is a file, or holds something that is no report or shall not be replaced.
+    """
+    if any(report.resolve().is_relative_to(folder.resolve()) for folder in checkpoints):
+        raise UsageError(f"{report}: lies in a checkpoint that is compared", hint="Choose a folder outside of it.")
+    if report.exists() and not report.is_dir():
+        raise OutputError(f"{report}: is a file, expected a folder to write")
+    held = {path.name for path in report.iterdir()} if report.exists() else set()
+    if held - {"parity.json", "report.html"}:
+        raise OutputError(f"{report}: holds other files, expected a folder for the report alone")
+    if held and not overwrite:
+        raise OutputError(f"{report}: holds a report already", hint="Replace it with: --overwrite")
+
+
+def print_result(output: Output, result: dict[str, Any]) -> None:
+    """The verdict and what decides it, for people."""
+    logits, floor, mtp = result["logits"], result["noise_floor"], result["mtp_logits"]
+    output.line(f"{result['verdict'].upper()}: {result['in_words']}")
+    output.line(f"  {'':14}{'found':>10}  {'noise':>10}   (limit: {floor['margin']:g} x noise)")
+    output.line(f"  {'KL mean':14}{logits['kl']['mean']:10.3g}  {floor['kl_mean']:10.3g}   nats")
+    output.line(f"  {'KL max':14}{logits['kl']['max']:10.3g}  {floor['kl_max']:10.3g}   nats, not judged")
+    output.line(f"  {'top-1':14}{logits['top1']:10.4f}  {floor['top1']:10.4f}")
+    if mtp is not None:
+        noise = max(own["mtp_logits"]["kl"]["mean"] for own in floor["variants"].values())
+        output.line(f"  {'MTP KL mean':14}{mtp['kl']['mean']:10.3g}  {noise:10.3g}   nats")
+    worst = max(result["layers"], key=lambda layer: layer["isolated_rel_err"])
+    noise = max(layer["floor"]["isolated_rel_err"] for layer in result["layers"])
+    output.line(
+        f"  {'layer error':14}{worst['isolated_rel_err']:10.3g}  {noise:10.3g}   isolated, largest in layer "
+        f"{worst['layer']}"
+    )
+    for departure in result["departures"][:_SHOWN_DEPARTURES]:
+        output.line(
+            f"  beyond its limit: {departure['figure']} of {departure['where']}: {departure['found']:.3g}, "
+            f"limit {departure['limit']:.3g}"
+        )
+    if len(result["departures"]) > _SHOWN_DEPARTURES:
+        output.line(f"  ... and {len(result['departures']) - _SHOWN_DEPARTURES:,} more (all of them: --json)")
+    _print_attribution(output, result["attribution"])
+    for difference in result["config_differences"]:
+        output.line(
+            f"  config.json: {difference['key']} is {difference['candidate']}, in the reference "
+            f"{difference['reference']}"
+        )
+    for gate in result["gates"]:
+        output.line(
+            f"  {gate['name']} {gate['limit']:g}: found {gate['found']:.4g}, {'passed' if gate['passed'] else 'FAILED'}"
+        )
+    coverage, evidence = result["coverage"], result["evidence"]
+    output.line(
+        f"  {plural(coverage['tokens'], 'token')} in {plural(coverage['prompts'], 'prompt')}, "
+        f"{plural(coverage['decode_steps'], 'decode step')}; experts seen: {coverage['experts_seen']:,} of "
+        f"{coverage['experts_in_all']:,}; arithmetic: {evidence['arithmetic']['activations']}"
+    )
+    output.line(
+        f"  {evidence['seconds']:.1f} s, read {decimal_bytes(evidence['bytes_read'])}, peak memory "
+        f"{decimal_bytes(evidence['peak_memory_bytes'])}"
+    )
+    if "report" in result:
+        output.line(f"report: {result['report']}")
+
+
+def _print_attribution(output: Output, attribution: dict[str, Any] | None) -> None:
+    if attribution is None:
+        return
+    for block in attribution["blocks"]:
+        left = ", ".join(f"{swap['module']} {swap['error']:.3g}" for swap in block["swapped"][:3])
+        output.line(f"  {block['block']}: error {block['error']:.3g}; left with this module of the reference: {left}")
+    for found in attribution["tensors"][:_SHOWN_TENSORS]:
+        output.line(f"  {found['tensor']}: {found['reason']}")
+    if len(attribution["tensors"]) > _SHOWN_TENSORS:
+        output.line(f"  ... and {len(attribution['tensors']) - _SHOWN_TENSORS:,} more tensors (all of them: --json)")
+
+
+def _fail_on(result: dict[str, Any]) -> None:
+    """Raise for a verdict `different`, or a gate that did not pass.
+
+    Raises:
+        CheckFailedError: if there is either.
+    """
+    if result["verdict"] == "different":
+        where = result["evidence"]["candidate"]["path"]
+        raise CheckFailedError(
+            f"{where}: does not compute what the reference computes",
+            hint="Look at the tensors with: v4quant verify CANDIDATE --against REFERENCE",
+        )
+    failed = [gate for gate in result["gates"] if not gate["passed"]]
+    if failed:
+        raise CheckFailedError(
+            f"{failed[0]['name']} is {failed[0]['limit']:g}, found {failed[0]['found']:.4g}",
+            hint="The verdict by noise is above; this gate is your own.",
+        )

@@ -1,0 +1,128 @@
+"""Count what a run executes, and compare with what the config says it has to: a module that never ran proves nothing.
+
+Counts are rows and multiply-adds that really went through the operations. What is expected follows from the config and
+the lengths of the prompts alone, by the formulas of the model, not from anything that the run says of itself.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from v4quant.config import V4Config
+from v4quant.errors import CheckFailedError
+from v4quant.model.streaming import Schedule
+
+CSA, HCA = 4, 128
+
+
+@dataclass(frozen=True)
+class Executed:
+    """How often something ran.
+
+    Attributes:
+        what: a module, and the unit of its counts.
+        counted: what went through.
+        expected: what has to, by the config.
+    """
+
+    what: str
+    counted: int
+    expected: int
+
+
+_UNITS = {
+    "products": "multiply-adds of BF16 products",
+    "FP32 products": "multiply-adds of FP32 products",
+    "experts": "tokens in experts, the shared one included",
+    "compressed entries": "compressed entries, the indexer's included",
+    "indexer": "tokens that the indexer picks for",
+    "attention": "tokens that attend",
+    "attended entries": "entries attended to",
+    "hyper-connections": "tokens through hyper-connections",
+}
+
+
+def check_block(counts: Counter[str], config: V4Config, ratio: int, schedule: Schedule, where: str) -> list[Executed]:
+    """Compare what a block executed with what the config says.
+
+    Args:
+        counts: of the block alone.
+        ratio: its compression.
+        schedule: of the run that was counted.
+        where: name of the block, for the message.
+
+    Raises:
+        CheckFailedError: if any count is another; no verdict may rest on such a run.
+    """
+    expected = _expected(config, ratio, schedule)
+    found = [Executed(_UNITS[what], counts[what], wanted) for what, wanted in expected.items()]
+    wrong = [item for item in found if item.counted != item.expected]
+    if wrong:
+        raise CheckFailedError(
+            f"{where}: {wrong[0].what}: {wrong[0].counted:,} ran, expected {wrong[0].expected:,}: parts of the model "
+            "did not run, so this comparison proves nothing",
+            hint="This is a defect of v4quant; please report it.",
+        )
+    return found
+
+
+def _expected(config: V4Config, ratio: int, schedule: Schedule) -> dict[str, int]:
+    positions = torch.cat([chunk.positions for chunk in schedule.chunks]).long()
+    tokens = len(positions)
+    visible = (positions + 1) // ratio if ratio else torch.zeros_like(positions)
+    entries = sum(length // ratio for length in _lengths(schedule)) if ratio else 0
+    attended = (positions + 1).clamp(max=config.sliding_window)
+    attended = attended + (visible.clamp(max=config.index_topk) if ratio == CSA else visible)
+    a_token, wide_a_token = _multiply_adds(config, ratio)
+    expected = {
+        "attention": tokens,
+        "attended entries": int(attended.sum()),
+        "hyper-connections": 4 * tokens,
+        "experts": tokens * (1 + config.num_experts_per_tok),
+        "products": tokens * a_token,
+        "FP32 products": tokens * wide_a_token,
+    }
+    if ratio:
+        expected["compressed entries"] = entries * (2 if ratio == CSA else 1)
+    if ratio == CSA:
+        expected["indexer"] = int((visible > 0).sum())
+    return expected
+
+
+def _lengths(schedule: Schedule) -> list[int]:
+    """Tokens of each prompt."""
+    lengths = [0] * schedule.sequences
+    for chunk in schedule.chunks:
+        for run in chunk.runs:
+            lengths[run.sequence] = run.end
+    return lengths
+
+
+def _multiply_adds(config: V4Config, ratio: int) -> tuple[int, int]:
+    """Multiply-adds of a token in a block: of BF16 products, and of FP32 products outside hyper-connections."""
+    d, rank, heads, dim = config.hidden_size, config.q_lora_rank, config.num_attention_heads, config.head_dim
+    width, groups, o_rank = heads * dim, config.o_groups, config.o_lora_rank
+    attention = d * rank + rank * width + d * dim + width * o_rank + groups * o_rank * d
+    experts = (1 + config.num_experts_per_tok) * 3 * d * config.moe_intermediate_size
+    wide = d * config.n_routed_experts
+    index = 0
+    if ratio:
+        overlap = 2 if ratio == CSA else 1
+        wide += 2 * d * overlap * dim
+    if ratio == CSA:
+        index = rank * config.index_n_heads * config.index_head_dim + d * config.index_n_heads
+        wide += 2 * d * 2 * config.index_head_dim
+    return attention + experts + index, wide
+
+
+def total(blocks: Sequence[Sequence[Executed]]) -> list[Executed]:
+    """Counts of all blocks together."""
+    counted: Counter[str] = Counter()
+    expected: Counter[str] = Counter()
+    for block in blocks:
+        for item in block:
+            counted[item.what] += item.counted
+            expected[item.what] += item.expected
+    return [Executed(what, counted[what], wanted) for what, wanted in expected.items()]

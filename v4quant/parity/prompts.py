@@ -1,0 +1,194 @@
+"""The tokens of a comparison: built for a config so that every path of the model fires, or given by the user.
+
+A built set has one long prompt and one that is shorter than the window. The long one goes on for 256 tokens after the
+indexer has more compressed entries than it may pick, and for two windows and two HCA entries; its ids are spread over
+the whole vocabulary, so that hash layers reach most of their table, and its second half repeats pieces of the first, so
+that attention has something to find. The last tokens are decode steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from v4quant import strict_json
+from v4quant.checkpoint.files import Files
+from v4quant.checkpoint.tensor_file import TensorFile
+from v4quant.config import V4Config
+from v4quant.errors import CheckpointError, UsageError
+from v4quant.model.chunk import check_prompts
+
+DECODE_STEPS = 8
+_CSA, _HCA = 4, 128
+_BEHIND_THE_CUT = 256
+_SHORT = 48
+_SEED = 4
+_REPEATED = 16
+_MAX_JSONL_BYTES = 2**28
+_TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids to run, and how.
+
+    Attributes:
+        ids: int64 [n] each.
+        sizes: tokens a step of the plain run: a prefill, then decode steps one by one.
+        source: where they come from, for people.
+    """
+
+    ids: tuple[torch.Tensor, ...]
+    sizes: tuple[int, int]
+    source: str
+
+    @classmethod
+    def of(cls, ids: Sequence[torch.Tensor], prefill: int | None, config: V4Config, source: str) -> "Prompts":
+        """Check prompts, and cut the longest into a prefill and decode steps.
+
+        Args:
+            prefill: tokens of the prefill; None leaves the last 8 tokens of the longest prompt, at most a quarter of
+                it, as decode steps.
+
+        Raises:
+            UsageError: if the model cannot take them, or the prefill is longer than every prompt.
+        """
+        check_prompts(ids, config, source)
+        longest = max(len(prompt) for prompt in ids)
+        if prefill is None:
+            prefill = longest - min(DECODE_STEPS, longest // 4)
+        if not 1 <= prefill <= longest:
+            raise UsageError(f"--prefill is {prefill}, expected 1 to the {longest:,} tokens of the longest prompt")
+        return cls(tuple(ids), (prefill, 1), source)
+
+    @property
+    def other_sizes(self) -> tuple[int, int, int]:
+        """Other chunks of the same tokens: three uneven pieces, none of them ending with a window or an entry."""
+        longest = max(len(prompt) for prompt in self.ids)
+        first, second = max(1, longest * 37 // 100 | 1), max(1, longest * 29 // 100 | 1)
+        return first, second, longest
+
+    @property
+    def mtp_lengths(self) -> list[int]:
+        """Positions of each prompt that an MTP block predicts from: those of the prefill but the last."""
+        return [max(min(len(prompt), self.sizes[0]) - 1, 0) for prompt in self.ids]
+
+
+def built_prompts(config: V4Config, length: int | None, prefill: int | None) -> Prompts:
+    """Build a set for a config.
+
+    Args:
+        length: tokens in all; None for what every path needs.
+
+    Raises:
+        UsageError: if the model cannot take so many.
+    """
+    total = length or needed_tokens(config)
+    short = min(_SHORT, config.sliding_window // 2)
+    if total < 3 * short or short < 2:
+        short = 0
+    random = torch.Generator().manual_seed(_SEED)
+    long = torch.randint(config.vocab_size, (total - short,), generator=random)
+    for first in range(len(long) // 2, len(long) - _REPEATED, 3 * _REPEATED):
+        start = (first - len(long) // 2) % max(len(long) // 2 - _REPEATED, 1)
+        long[first : first + _REPEATED] = long[start : start + _REPEATED].clone()
+    prompts = [long, torch.randint(config.vocab_size, (short,), generator=random)] if short else [long]
+    return Prompts.of(prompts, prefill, config, "built for this config")
+
+
+def needed_tokens(config: V4Config) -> int:
+    """Tokens of a built set that lets every path fire."""
+    ratios = set(config.compress_ratios)
+    needs = [2 * config.sliding_window]
+    if _CSA in ratios:
+        needs.append(_CSA * config.index_topk + _BEHIND_THE_CUT)
+    if _HCA in ratios:
+        needs.append(2 * _HCA)
+    longest = min(max(needs) + DECODE_STEPS, config.max_position_embeddings)
+    return longest + min(_SHORT, config.sliding_window // 2)
+
+
+def read_prompts(path: Path, config: V4Config, prefill: int | None) -> Prompts:
+    """Read prompts from a file of token ids.
+
+    Args:
+        path: *.jsonl, one prompt a line, a list of ids or an object with `input_ids`; or safetensors with `input_ids`
+            I64 or I32, [T] for one prompt or [N, T] for N of the same length.
+
+    Raises:
+        UsageError: if there is no such file, or it holds no prompts that the model can take.
+        CheckpointError: if a safetensors file is damaged.
+    """
+    if path.suffix == ".jsonl":
+        return Prompts.of(_jsonl(path), prefill, config, str(path))
+    if path.suffix != ".safetensors":
+        raise UsageError(
+            f"{path}: expected a file of token ids, *.safetensors or *.jsonl",
+            hint="For text: --text FILE, which takes the checkpoint's tokenizer.",
+        )
+    ids = TensorFile(path).read("input_ids", (torch.int64, torch.int32)).long()
+    if ids.dim() not in (1, 2):
+        raise UsageError(f"{path}: input_ids has shape {list(ids.shape)}, expected [T] or [N, T]")
+    return Prompts.of(list(ids.view(-1, ids.shape[-1])) if ids.numel() else [], prefill, config, str(path))
+
+
+def _jsonl(path: Path) -> list[torch.Tensor]:
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file, expected token ids, one JSON list a line", hint="Check the path.")
+    if path.stat().st_size > _MAX_JSONL_BYTES:
+        raise UsageError(f"{path}: has {path.stat().st_size:,} bytes, expected at most {_MAX_JSONL_BYTES:,}")
+    prompts = []
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            found = strict_json.parse(line)
+        except ValueError as error:
+            raise UsageError(f"{path} line {number}: is not JSON: {error}") from None
+        if isinstance(found, dict):
+            found = found.get("input_ids")
+        if not isinstance(found, list) or any(type(token) is not int or not 0 <= token < 2**31 for token in found):
+            raise UsageError(
+                f"{path} line {number}: expected a list of token ids, or an object with one as input_ids",
+                hint='For example: {"input_ids": [0, 671, 6102]}',
+            )
+        prompts.append(torch.tensor(found, dtype=torch.int64))
+    return prompts
+
+
+def text_prompts(path: Path, files: Files, config: V4Config, length: int | None, prefill: int | None) -> Prompts:
+    """Encode a text file, one prompt, with the tokenizer of a checkpoint.
+
+    Args:
+        files: of the checkpoint.
+        length: take so many tokens at most.
+
+    Raises:
+        UsageError: if there is no such file, the text gives no tokens, or the tokenizers package is missing.
+        CheckpointError: if the checkpoint has no tokenizer, or a damaged one.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file, expected a text in UTF-8", hint="Check the path.")
+    if _TOKENIZER not in files:
+        raise CheckpointError(
+            f"{files.where}: has no {_TOKENIZER}, which --text needs",
+            hint="Copy it from the release, or give token ids: --tokens FILE",
+        )
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UsageError("--text needs the package tokenizers", hint="Install it: pip install tokenizers") from None
+    try:
+        tokenizer = Tokenizer.from_str(files.read(_TOKENIZER).decode())
+    except Exception as error:  # the package raises bare Exception
+        raise CheckpointError(f"{files.where}/{_TOKENIZER}: cannot be read: {error}") from error
+    ids = tokenizer.encode(_text(path)).ids[:length]
+    return Prompts.of([torch.tensor(ids, dtype=torch.int64)], prefill, config, str(path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from None

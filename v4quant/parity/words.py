@@ -1,0 +1,57 @@
+"""The verdict in words."""
+
+from v4quant.model.arithmetic import Activations
+from v4quant.parity.attribution import Blame
+from v4quant.parity.compare import Comparison, Task
+from v4quant.parity.verdict import MARGIN, Departure, Verdict
+
+
+def in_words(task: Task, comparison: Comparison, who: Blame | None) -> str:
+    """A few sentences for people: the verdict, what decides it, and what it does not say."""
+    outcome = comparison.outcome
+    assert outcome.logits is not None
+    found, tokens = outcome.logits.found, f"{outcome.tokens:,} tokens"
+    verdict = comparison.judgement.verdict
+    if verdict is Verdict.IDENTICAL:
+        text = f"The candidate computes the same logits as the reference, bit by bit, on all {tokens}."
+    elif verdict is Verdict.INDISTINGUISHABLE:
+        floor = max(own.kl.mean for own in outcome.logits.noise.values())
+        whose = "the reference is" if outcome.noise_of == "reference" else "the candidate is"
+        text = (
+            f"The candidate differs from the reference by no more than {MARGIN:g} times what {whose} from itself when "
+            f"sums are taken in another order: mean KL {found.kl.mean:.2g} against {floor:.2g} nats, on {tokens}."
+        )
+    else:
+        text = _different(comparison, who, tokens)
+    if task.activations is Activations.STORED:
+        text += " Each side was run as its own format would be, so that activations may be rounded on one side alone."
+    silent = comparison.coverage.silent
+    if silent:
+        text += f" Not exercised: {', '.join(silent)}."
+    return text
+
+
+def _different(comparison: Comparison, who: Blame | None, tokens: str) -> str:
+    worst = comparison.judgement.departures[0]
+    text = f"The candidate does not compute what the reference computes, on {tokens}: {describe(worst)}."
+    if comparison.outcome.mtp_missing:
+        return f"{text} The reference has an MTP block, the candidate has none."
+    if who is None or (who.layer is None and who.module is None):
+        return f"{text} No single block departs."
+    if who.module is None:
+        why = (
+            "no single module explains it" if comparison.attribution else "only the reference's weights could tell why"
+        )
+        return f"{text} The first layer to depart: {who.layer}; {why}."
+    place = "" if who.layer is None else f" of layer {who.layer}"
+    return f"{text} The first to depart: {who.module}{place}."
+
+
+def describe(departure: Departure) -> str:
+    """A figure beyond its limit."""
+    if departure.figure == "mtp_blocks":
+        return "an MTP block is missing"
+    return (
+        f"{departure.figure} of {departure.where} is {departure.found:.3g}, {departure.times:.1f} times its limit of "
+        f"{departure.limit:.3g}"
+    )
