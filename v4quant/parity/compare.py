@@ -90,7 +90,7 @@ def compare(task: Task, progress: Callable[[int], Progress] = lambda _: lambda _
     Raises:
         UsageError: if the models have other shapes, or cannot take the prompts.
         CheckpointError: if weights are missing or damaged.
-        CheckFailedError: if a part of the model did not run.
+        CheckFailedError: if a part of the reference did not run.
     """
     start = time.monotonic()
     if isinstance(task.reference, Checkpoint):

@@ -44,28 +44,34 @@ _UNITS = {
 }
 
 
-def check_block(counts: Counter[str], config: V4Config, ratio: int, schedule: Schedule, where: str) -> list[Executed]:
-    """Compare what a block executed with what the config says.
+def executed_by(counts: Counter[str], config: V4Config, ratio: int, schedule: Schedule) -> list[Executed]:
+    """What a block executed, beside what the config says.
 
     Args:
         counts: of the block alone.
         ratio: its compression.
         schedule: of the run that was counted.
+    """
+    expected = _expected(config, ratio, schedule)
+    return [Executed(_UNITS[what], counts[what], wanted) for what, wanted in expected.items()]
+
+
+def require_executed(executed: Sequence[Executed], where: str) -> None:
+    """Refuse to compare with a reference of which a part did not run.
+
+    Args:
         where: name of the block, for the message.
 
     Raises:
-        CheckFailedError: if any count is another; no verdict may rest on such a run.
+        CheckFailedError: if any count is another than expected.
     """
-    expected = _expected(config, ratio, schedule)
-    found = [Executed(_UNITS[what], counts[what], wanted) for what, wanted in expected.items()]
-    wrong = [item for item in found if item.counted != item.expected]
+    wrong = [item for item in executed if item.counted != item.expected]
     if wrong:
         raise CheckFailedError(
-            f"{where}: {wrong[0].what}: {wrong[0].counted:,} ran, expected {wrong[0].expected:,}: parts of the model "
-            "did not run, so this comparison proves nothing",
+            f"{where}: {wrong[0].what}: {wrong[0].counted:,} ran, expected {wrong[0].expected:,}: parts of the "
+            "reference did not run, so nothing can be compared with it",
             hint="This is a defect of v4quant; please report it.",
         )
-    return found
 
 
 def _expected(config: V4Config, ratio: int, schedule: Schedule) -> dict[str, int]:

@@ -19,7 +19,7 @@ from v4quant.model.block import Block
 from v4quant.model.counted import CLAMPED
 from v4quant.model.mtp import runnable_mtp_blocks
 from v4quant.model.streaming import BlockResult, Schedule, StreamedModel
-from v4quant.parity.execution import Executed, check_block
+from v4quant.parity.execution import Executed, executed_by
 from v4quant.parity.figures import BlockFigures, StreamFigures, compare_block, compare_streams, token_errors
 from v4quant.parity.logits import LogitFigures, compare_logits, next_tokens
 from v4quant.parity.prompts import Prompts
@@ -146,7 +146,7 @@ class Lockstep:
 
         Raises:
             CheckpointError: if weights are missing or damaged.
-            CheckFailedError: if a part of the model did not run.
+            CheckFailedError: if a part of the reference did not run.
         """
         runs = Runs(self._model, self.chunking, with_noise=not self._reference.has_noise)
         before = self._reference.begin(self.chunking, runs.plain.streams)
@@ -191,7 +191,7 @@ class Lockstep:
         """Take the candidate through a block and compare with what was expected; `mark` is when the block began."""
         answers = runs.take(block, before)
         counts = runs.counted.take()
-        executed = check_block(counts, self._model.config, block.ratio, runs.plain.schedule, name)
+        executed = executed_by(counts, self._model.config, block.ratio, runs.plain.schedule)
         isolated = accumulated = None
         if expected.result is not None:
             isolated = _compare_known(answers.isolated, expected.result)

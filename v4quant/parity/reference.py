@@ -6,9 +6,10 @@ from typing import Protocol
 
 import torch
 
+from v4quant.model.block import Block
 from v4quant.model.mtp import runnable_mtp_blocks
-from v4quant.model.streaming import BlockResult, Schedule, StreamedModel
-from v4quant.parity.execution import check_block
+from v4quant.model.streaming import BlockResult, StreamedModel
+from v4quant.parity.execution import executed_by, require_executed
 from v4quant.parity.logits import Collapsed, logit_pieces
 from v4quant.parity.runs import Chunking, Noise, Runs
 from v4quant.parity.stored import StoredOutputs
@@ -102,10 +103,7 @@ class Alongside:
 
     def layer(self, index: int) -> Expected:
         """Run the next layer."""
-        block = next(self._blocks)
-        answers = self._going.take(block, self._going.plain.streams)
-        check_block(self._going.counted.take(), self._model.config, block.ratio, self._schedule, f"layer {index}")
-        return Expected(answers.own, answers.noise)
+        return self._run(next(self._blocks), f"layer {index}")
 
     def enter_mtp(self, rows: torch.Tensor, chunking: Chunking, last: torch.Tensor) -> None:
         """With its own weights."""
@@ -113,18 +111,19 @@ class Alongside:
 
     def mtp(self) -> Expected:
         """Run the MTP block."""
-        answers = self._going.take(self._model.mtp_block(0), self._going.plain.streams)
-        check_block(self._going.counted.take(), self._model.config, 0, self._schedule, "mtp 0")
+        return self._run(self._model.mtp_block(0), "mtp 0")
+
+    def _run(self, block: Block, name: str) -> Expected:
+        runs = self._going
+        answers = runs.take(block, runs.plain.streams)
+        counts = runs.counted.take()
+        require_executed(executed_by(counts, self._model.config, block.ratio, runs.plain.schedule), name)
         return Expected(answers.own, answers.noise)
 
     def logits(self, candidate: Runs, last: torch.Tensor, mtp: int | None) -> Pieces:
         """Both vocabulary matrices in step."""
         runs: Sequence[Collapsed] = [*self._going.collapsed(mtp), *candidate.collapsed(mtp, last)]
         return Pieces(logit_pieces(runs), (3, 0), (4, 0), ((1, 0), (2, 0)))
-
-    @property
-    def _schedule(self) -> Schedule:
-        return self._going.plain.schedule
 
 
 class Stored:

@@ -8,6 +8,7 @@ every token that sees it differs by some percent; which layer has such an event 
 comparison of BF16 outputs can tell from nothing: one BF16 step, one token, one pick.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,6 +18,7 @@ from v4quant.parity.lockstep import BlockOutcome, LogitOutcome, Outcome
 from v4quant.parity.logits import LogitFigures
 
 MARGIN = 3.0
+MTP_MISSING, NOT_EXECUTED = "mtp_blocks", "not executed as configured:"
 # BF16 has 7 bits behind the point: the step from 1 to the next number.
 BF16_STEP = 2.0**-7
 # Nats. Below these no difference counts, even in a run so short that its own noise does not show.
@@ -49,7 +51,7 @@ class Departure:
     @property
     def times(self) -> float:
         """Found over limit."""
-        return self.found / self.limit
+        return self.found / self.limit if self.limit else math.inf
 
 
 @dataclass
@@ -130,8 +132,6 @@ def judge(outcome: Outcome) -> Judgement:
         found = outcome.embedding.rel_err
         departures.append(Departure("isolated_rel_err", "embedding", found, limits["isolated_rel_err"]))
     last = outcome.layers[-1]
-    if outcome.mtp_missing:
-        departures.append(Departure("mtp_blocks", "config.json", 1.0, 0.5))
     limits["accumulated_rel_err"] = MARGIN * max(
         BF16_STEP, *(accumulated.streams.rel_err for _, accumulated in last.noise.values())
     )
@@ -146,8 +146,20 @@ def judge(outcome: Outcome) -> Judgement:
             for figure, value in logit_figures(logits.found).items()
             if value > own[figure]
         ]
-    departures.sort(key=lambda departure: -departure.times)
-    return Judgement(_verdict(outcome, departures), limits, departures)
+    missing = list(_missing(outcome))
+    departures = missing + sorted(departures, key=lambda departure: -departure.times)
+    return Judgement(_verdict(outcome, missing, departures), limits, departures)
+
+
+def _missing(outcome: Outcome) -> Iterator[Departure]:
+    """What the candidate did not run, as a share of what it has to; no noise excuses that."""
+    if outcome.mtp_missing:
+        yield Departure(MTP_MISSING, "config.json", 1.0, 0.0)
+    for block in blocks_of(outcome):
+        for item in block.executed:
+            if item.counted != item.expected:
+                share = abs(item.counted - item.expected) / max(item.expected, 1)
+                yield Departure(f"{NOT_EXECUTED} {item.what}", block.name, share, 0.0)
 
 
 def block_limits(blocks: list[BlockOutcome], tokens: int) -> dict[str, float]:
@@ -183,7 +195,7 @@ def _heads(outcome: Outcome) -> Iterator[tuple[str, LogitOutcome]]:
         yield "mtp_logits", outcome.mtp_logits
 
 
-def _verdict(outcome: Outcome, departures: list[Departure]) -> Verdict:
-    if not outcome.mtp_missing and all(logits.found.bit_equal == 1.0 for _, logits in _heads(outcome)):
+def _verdict(outcome: Outcome, missing: list[Departure], departures: list[Departure]) -> Verdict:
+    if not missing and all(logits.found.bit_equal == 1.0 for _, logits in _heads(outcome)):
         return Verdict.IDENTICAL
     return Verdict.DIFFERENT if departures else Verdict.INDISTINGUISHABLE

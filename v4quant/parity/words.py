@@ -3,7 +3,7 @@
 from v4quant.model.arithmetic import Activations
 from v4quant.parity.attribution import Blame
 from v4quant.parity.compare import Comparison, Task
-from v4quant.parity.verdict import MARGIN, Departure, Verdict
+from v4quant.parity.verdict import MARGIN, MTP_MISSING, NOT_EXECUTED, Departure, Verdict
 
 
 def in_words(task: Task, comparison: Comparison, who: Blame | None) -> str:
@@ -49,8 +49,12 @@ def _different(comparison: Comparison, who: Blame | None, tokens: str) -> str:
 
 def describe(departure: Departure) -> str:
     """A figure beyond its limit."""
-    if departure.figure == "mtp_blocks":
+    if departure.figure == MTP_MISSING:
         return "an MTP block is missing"
+    if departure.figure.startswith(NOT_EXECUTED):
+        return (
+            f"{departure.where} did not run as its config says, {departure.found:.3g} of it amiss: {departure.figure}"
+        )
     return (
         f"{departure.figure} of {departure.where} is {departure.found:.3g}, {departure.times:.1f} times its limit of "
         f"{departure.limit:.3g}"
