@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import torch
 from tests.model.references import Reference
 from v4quant.checkpoint.apply import apply
 from v4quant.checkpoint.plan import make_plan
-from v4quant.checkpoint.reader import Checkpoint, open_checkpoint
-from v4quant.checkpoint.tensor_file import TensorFile
+from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.formats import format_named
 from v4quant.parity.compare import Comparison, Task, compare
 from v4quant.parity.prompts import Prompts, built_prompts

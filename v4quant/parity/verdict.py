@@ -5,7 +5,8 @@
 
 A figure's floor is taken over all blocks because noise comes in events: a last bit moves one FP8 step of one entry, and
 every token that sees it differs by some percent; which layer has such an event is chance. The resolution is what no
-comparison of BF16 outputs can tell from nothing: one BF16 step, one token, one pick.
+comparison of BF16 outputs can tell from nothing: one BF16 step, one token, one pick. Runs that are far from themselves
+at every second token have another fault than the order of sums, and get no verdict but `different`.
 """
 
 import math
@@ -18,9 +19,12 @@ from v4quant.parity.lockstep import BlockOutcome, LogitOutcome, Outcome
 from v4quant.parity.logits import LogitFigures
 
 MARGIN = 3.0
-MTP_MISSING, NOT_EXECUTED = "mtp_blocks", "not executed as configured:"
 # BF16 has 7 bits behind the point: the step from 1 to the next number.
 BF16_STEP = 2.0**-7
+# More than that at every second token is no matter of the order of sums; measured: 0.005 at most.
+NOISE_CAP = 4 * BF16_STEP
+NOISE = "median noise, "
+MTP_MISSING, NOT_EXECUTED = "mtp_blocks", "not executed as configured:"
 # Nats. Below these no difference counts, even in a run so short that its own noise does not show.
 KL_MEAN, _KL_P99 = 1e-4, 1e-3
 
@@ -70,7 +74,11 @@ class Judgement:
 
     def departing_blocks(self, outcome: Outcome) -> list[str]:
         """Blocks with an isolated figure beyond its limit, in the order of the model."""
-        named = {departure.where for departure in self.departures if departure.figure in _RESOLUTIONS}
+        named = {
+            departure.where
+            for departure in self.departures
+            if departure.figure in _RESOLUTIONS or departure.figure.startswith(NOISE)
+        }
         return [block.name for block in blocks_of(outcome) if block.name in named]
 
 
@@ -127,6 +135,12 @@ def judge(outcome: Outcome) -> Judgement:
         if block.isolated is not None
         for figure, value in block_figures(block.isolated).items()
         if value > limits[figure]
+    ]
+    departures += [
+        Departure(f"{NOISE}{name}", block.name, isolated.streams.median_rel_err, NOISE_CAP)
+        for block in blocks_of(outcome)
+        for name, (isolated, _) in block.noise.items()
+        if isolated.streams.median_rel_err > NOISE_CAP
     ]
     if outcome.embedding.rel_err > limits["isolated_rel_err"]:
         found = outcome.embedding.rel_err
