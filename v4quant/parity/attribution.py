@@ -18,7 +18,7 @@ from v4quant.names import block_prefix
 from v4quant.parity.evidence import config_differences
 from v4quant.parity.figures import token_errors
 from v4quant.parity.lockstep import BlockOutcome, Outcome
-from v4quant.parity.verdict import KL_MEAN, Judgement, block_figures, block_limits
+from v4quant.parity.verdict import KL_MEAN, Judgement, block_figures, block_limits, resolution_of
 
 # Share of a block's error that a module's exchange has to take away to be named.
 _EXPLAINS = 0.5
@@ -128,7 +128,7 @@ class Suspects:
     _FIRST = 3
 
     def __init__(self, tokens: int) -> None:
-        """For a run of so many tokens."""
+        """For a run of so many tokens beside its reference."""
         self._tokens = tokens
         self._seen: list[BlockOutcome] = []
         self._kept: dict[str, tuple[float, torch.Tensor]] = {}
@@ -138,7 +138,7 @@ class Suspects:
         self._seen.append(block)
         if block.isolated is None or block.isolated.streams.bit_equal == 1.0:
             return
-        limits = block_limits(self._seen, self._tokens)
+        limits = block_limits(self._seen, self._tokens, resolution_of("reference"))
         times = max(value / limits[figure] for figure, value in block_figures(block.isolated).items())
         self._kept[block.name] = times, before
         worst = max(self._kept, key=lambda name: self._kept[name][0])

@@ -77,20 +77,14 @@ class Judgement:
         named = {
             departure.where
             for departure in self.departures
-            if departure.figure in _RESOLUTIONS or departure.figure.startswith(NOISE)
+            if departure.figure in (*_ERRORS, *_SHARES) or departure.figure.startswith(NOISE)
         }
         return [block.name for block in blocks_of(outcome) if block.name in named]
 
 
-# Figures of a block that are judged in isolation, and their resolution; 0.0 stands for one token.
-_RESOLUTIONS = {
-    "isolated_rel_err": BF16_STEP,
-    "isolated_median_rel_err": BF16_STEP,
-    "isolated_worst_expert_rel_err": BF16_STEP,
-    "1 - expert_agreement": 0.0,
-    "swapped_mass": 0.0,
-    "1 - indexer_overlap": 0.0,
-}
+# Figures of a block that are judged in isolation: errors, and shares of tokens or picks.
+_ERRORS = ("isolated_rel_err", "isolated_median_rel_err", "isolated_worst_expert_rel_err")
+_SHARES = ("1 - expert_agreement", "swapped_mass", "1 - indexer_overlap")
 
 
 def blocks_of(outcome: Outcome) -> list[BlockOutcome]:
@@ -128,7 +122,8 @@ def logit_figures(figures: LogitFigures) -> dict[str, float]:
 
 def judge(outcome: Outcome) -> Judgement:
     """Apply the rules."""
-    limits = block_limits(blocks_of(outcome), outcome.tokens)
+    resolution = resolution_of(outcome.noise_of)
+    limits = block_limits(blocks_of(outcome), outcome.tokens, resolution)
     departures = [
         Departure(figure, block.name, value, limits[figure])
         for block in blocks_of(outcome)
@@ -147,7 +142,7 @@ def judge(outcome: Outcome) -> Judgement:
         departures.append(Departure("isolated_rel_err", "embedding", found, limits["isolated_rel_err"]))
     last = outcome.layers[-1]
     limits["accumulated_rel_err"] = MARGIN * max(
-        BF16_STEP, *(accumulated.streams.rel_err for _, accumulated in last.noise.values())
+        resolution, *(accumulated.streams.rel_err for _, accumulated in last.noise.values())
     )
     if last.accumulated is not None and last.accumulated.streams.rel_err > limits["accumulated_rel_err"]:
         found = last.accumulated.streams.rel_err
@@ -176,13 +171,23 @@ def _missing(outcome: Outcome) -> Iterator[Departure]:
                 yield Departure(f"{NOT_EXECUTED} {item.what}", block.name, share, 0.0)
 
 
-def block_limits(blocks: list[BlockOutcome], tokens: int) -> dict[str, float]:
+def resolution_of(noise_of: str) -> float:
+    """Relative error below which nothing counts.
+
+    A reference that runs alongside rounds on the same machine, where a last bit moves a number by half a BF16 step;
+    stored outputs come from another machine and other code, whose own last bit adds as much.
+    """
+    return BF16_STEP / 2 if noise_of == "reference" else BF16_STEP
+
+
+def block_limits(blocks: list[BlockOutcome], tokens: int, resolution: float) -> dict[str, float]:
     """Limits of isolated figures, by what the variants of these blocks show.
 
     Args:
         tokens: of the run; the resolution of shares is one of them.
+        resolution: of errors.
     """
-    floors = {figure: value or 1 / tokens for figure, value in _RESOLUTIONS.items()}
+    floors = dict.fromkeys(_ERRORS, resolution) | dict.fromkeys(_SHARES, 1 / tokens)
     for block in blocks:
         for isolated, _ in block.noise.values():
             for figure, value in block_figures(isolated).items():
