@@ -12,7 +12,7 @@ import v4quant
 PACKAGE = Path(v4quant.__file__).parent
 
 # Modules that everyone may import.
-COMMON = {"errors", "dtypes", "encodings", "strict_json", "config", "config_keys", "names", "inventory"}
+COMMON = {"errors", "dtypes", "encodings", "strict_json", "config", "config_keys", "names", "inventory", "words"}
 # Room -> rooms it may import besides itself and the common modules.
 ARROWS = {
     "cli": {"testing", "model", "checkpoint", "formats"},
@@ -31,6 +31,7 @@ ARROWS = {
     "config_keys": set(),
     "names": set(),
     "inventory": set(),
+    "words": set(),
 }
 # Third parties with one home; what is listed nowhere may be imported nowhere.
 THIRD_PARTIES = {
