@@ -1,0 +1,164 @@
+"""Plots with one place a layer: relative errors, and agreement on experts and on the indexer's picks."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from v4quant.parity.report.figures import TIMES
+from v4quant.parity.report.plots.canvas import BAD, FLOOR_BAND, LIMIT_BAND, QUIET, WIDTH, LogScale, legend
+
+# Mark, colour and name of each kind of layer, and of a kind that is none of them.
+_KINDS = {"window": ("o", "#0b62a4", "window"), "csa": ("s", "#d98200", "CSA"), "hca": ("^", "#00805f", "HCA")}
+_OTHER_KIND = ("D", QUIET, "other")
+_ERRORS = {
+    "isolated_rel_err": "isolated: both fed the reference's input",
+    "accumulated_rel_err": "accumulated: each fed its own",
+}
+_AGREEMENTS = {"expert_agreement": "routed experts", "indexer_overlap": "indexer picks"}
+_LABELS = 31  # of layers, in one plot
+_NAMED = 3  # departing layers, in the legend
+_DEPARTURE: dict[str, Any] = {"color": BAD, "linewidth": 0.9, "linestyle": (0, (3, 3))}
+_RING: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 10,
+    "markerfacecolor": "none",
+    "markeredgecolor": BAD,
+    "markeredgewidth": 1.4,
+}
+
+Layer = Mapping[str, Any]
+
+
+def draw_errors(result: Mapping[str, Any]) -> Figure:
+    """Relative error by layer, isolated over accumulated, on one log scale; the floor and the limit as bands."""
+    layers, margin = result["layers"], result["noise_floor"]["margin"]
+    scale = LogScale(
+        value for layer in layers for key in _ERRORS for value in (layer[key], margin * layer["floor"][key])
+    )
+    figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+    beyond = {(found["figure"], found["where"]) for found in result["departures"]}
+    for axes, (key, title) in zip(figure.subplots(2, 1, sharex=True), _ERRORS.items(), strict=True):
+        for factor, colour in ((margin, LIMIT_BAND), (1, FLOOR_BAND)):
+            tops = [scale.place(factor * layer["floor"][key]) for layer in layers]
+            _band(axes, layers, tops, [scale.bottom] * len(tops), colour)
+        _marks(axes, layers, [scale.place(layer[key]) for layer in layers])
+        ringed = [layer for layer in layers if (key, f"layer {layer['layer']}") in beyond]
+        axes.plot([layer["layer"] for layer in ringed], [scale.place(layer[key]) for layer in ringed], ls="", **_RING)
+        scale.apply(axes)
+        axes.set_ylabel("relative error")
+        _finish(axes, layers, title)
+    figure.axes[0].set_xlabel("")
+    bands = [Patch(color=FLOOR_BAND, label="floor"), Patch(color=LIMIT_BAND, label=f"up to {margin:g} {TIMES} floor")]
+    legend(figure, [*_kinds(layers), *bands, *_departure(layers)])
+    return figure
+
+
+def draw_agreement(result: Mapping[str, Any]) -> Figure:
+    """Share of routed experts, and of the indexer's picks where there is an indexer, that both chose, by layer."""
+    layers = result["layers"]
+    panels = [key for key in _AGREEMENTS if any(layer[key] is not None for layer in layers)]
+    figure = Figure(figsize=(WIDTH, 0.7 + 2.0 * len(panels)), layout="constrained")
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, key in zip(rows, panels, strict=True):
+        having = [layer for layer in layers if layer[key] is not None]
+        own = [_accumulated(layer, key) for layer in having]
+        for layer in having:  # each by itself: between two layers with an indexer lie others without
+            _band(axes, [layer], [1.0], [_one_if_none(layer["floor"][key])], FLOOR_BAND)
+        axes.plot([layer["layer"] for layer in having], own, ls="", marker="_", ms=8, mew=1.4, color=QUIET)
+        _marks(axes, having, [layer[key] for layer in having], by_hash=key == "expert_agreement")
+        _share_axis(
+            axes,
+            min(
+                value
+                for layer, accumulated in zip(having, own, strict=True)
+                for value in (layer[key], accumulated, _one_if_none(layer["floor"][key]))
+            ),
+        )
+        axes.set_ylabel("chosen by both")
+        _finish(axes, layers, _AGREEMENTS[key])
+        axes.set_xlabel("layer" if key == panels[-1] else "")
+    hollow = Line2D([], [], ls="", marker="o", mfc="white", mec=QUIET, label="experts fixed by token id")
+    dash = Line2D([], [], ls="", marker="_", ms=8, mew=1.4, color=QUIET, label="accumulated")
+    hashed = [hollow] if any(layer["routing"] == "hash" for layer in layers) else []
+    band = Patch(color=FLOOR_BAND, label="down to the floor")
+    legend(figure, [*_kinds(layers), *hashed, dash, band, *_departure(layers)])
+    return figure
+
+
+def _band(axes: Axes, layers: Sequence[Layer], tops: Sequence[float], bottoms: Sequence[float], colour: str) -> None:
+    """Fill between two lines that step from layer to layer."""
+    edges = [layer["layer"] - 0.5 for layer in layers]
+    axes.stairs(tops, [*edges, edges[-1] + 1], baseline=bottoms, fill=True, color=colour, linewidth=0, zorder=0.5)
+
+
+def _marks(axes: Axes, layers: Sequence[Layer], heights: Sequence[float], *, by_hash: bool = False) -> None:
+    """A mark a layer, in the form and colour of its kind.
+
+    Args:
+        by_hash: True leaves those of hash-routed layers hollow.
+    """
+    axes.plot([layer["layer"] for layer in layers], heights, color=QUIET, linewidth=0.6, alpha=0.6, zorder=1.8)
+    for layer, height in zip(layers, heights, strict=True):
+        mark, colour, _ = _KINDS.get(layer["kind"], _OTHER_KIND)
+        face = "white" if by_hash and layer["routing"] == "hash" else colour
+        axes.plot([layer["layer"]], [height], ls="", marker=mark, ms=5, mfc=face, mec=colour, clip_on=False)
+
+
+def _finish(axes: Axes, layers: Sequence[Layer], title: str) -> None:
+    """Title, axis of layers, and a line where a layer departs."""
+    axes.set_title(title)
+    departing = [layer["layer"] for layer in layers if layer["departs"]]
+    for layer in departing:
+        axes.axvline(layer, zorder=1, **_DEPARTURE)
+    numbers = [layer["layer"] for layer in layers]
+    steps = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+    step = next((step for step in steps if len(numbers) / step <= _LABELS), 1000)
+    axes.set_xticks([number for number in numbers if number % step == 0])
+    axes.set_xticks(numbers, minor=True)
+    axes.set_xlim(numbers[0] - 0.7, numbers[-1] + 0.7)
+    axes.set_xlabel("layer")
+
+
+def _share_axis(axes: Axes, lowest: float) -> None:
+    """A linear axis that ends at 1 and reaches down to the lowest share, with some room."""
+    span = max(1 - lowest, 1e-3) * 1.15
+    axes.set_ylim(1 - span, 1 + 0.06 * span)
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{100 * at:.6g} %"))
+    axes.grid(axis="y")
+
+
+def _accumulated(layer: Layer, key: str) -> float:
+    found = layer["accumulated_routing"]["agreement"] if key == "expert_agreement" else layer[f"accumulated_{key}"]
+    return _one_if_none(found)
+
+
+def _one_if_none(share: float | None) -> float:
+    return 1.0 if share is None else share
+
+
+def _kinds(layers: Iterable[Layer]) -> list[Artist]:
+    """Legend entries of the kinds that are there."""
+    present = {_KINDS.get(layer["kind"], _OTHER_KIND) for layer in layers}
+    return [
+        Line2D([], [], ls="", marker=mark, ms=5, color=colour, label=name)
+        for mark, colour, name in (*_KINDS.values(), _OTHER_KIND)
+        if (mark, colour, name) in present
+    ]
+
+
+def _departure(layers: Iterable[Layer]) -> list[Artist]:
+    """The legend entry of the departing layers, if there are any."""
+    departing = [layer["layer"] for layer in layers if layer["departs"]]
+    if not departing:
+        return []
+    named = ", ".join(map(str, departing[:_NAMED]))
+    rest = f" and {len(departing) - _NAMED} more" if len(departing) > _NAMED else ""
+    label = f"layer {named} departs" if len(departing) == 1 else f"layers {named}{rest} depart"
+    return [Line2D([], [], label=label, **_DEPARTURE)]
