@@ -36,8 +36,8 @@ def share(value: float | None) -> str:
 
 def factor(value: float) -> str:
     """A ratio: "0.42", "12.3", "1,234"."""
-    if 0 < value < _FEWER:
-        return f"under {_FEWER}"
+    if value < _FEWER:
+        return f"under {_FEWER}" if value else "0"
     if value < 100:
         return f"{value:.2f}" if value < 10 else f"{value:.1f}"
     return f"{value:,.0f}" if value < 1e9 else f"{value:.1e}"

@@ -141,23 +141,19 @@ def _layer_row(layer: Mapping[str, Any], *, indexed: bool) -> list[object]:
 
 
 def logits_part(result: Mapping[str, Any]) -> Html:
-    """Every figure of the logits and of the MTP logits beside those of each variant of the floor."""
+    """Every figure of the logits and of the MTP logits, beside those of each variant of the floor."""
     variants = result["noise_floor"]["variants"]
-    parts = [_logits_table("Logits", result["logits"], {name: of["logits"] for name, of in variants.items()})]
-    if result["mtp_logits"] is None:
-        parts.append(tag("p", "MTP logits: none; a checkpoint without an MTP block, or a run without it."))
-    else:
-        floors = {name: of["mtp_logits"] for name, of in variants.items() if of["mtp_logits"] is not None}
-        parts.append(_logits_table("MTP logits", result["mtp_logits"], floors))
-    return section("logits", "Logits", *parts)
-
-
-def _logits_table(caption: str, logits: Mapping[str, Any], floors: Mapping[str, Mapping[str, Any]]) -> Html:
-    columns = [Column("figure"), Column("candidate", numeric=True)]
-    columns += (Column(name, numeric=True, group="floor") for name in floors)
-    runs = [_logit_figures(run) for run in (logits, *floors.values())]
+    columns, runs = [Column("figure")], []
+    for key, name in (("logits", "logits"), ("mtp_logits", "MTP logits")):
+        if result[key] is not None:
+            floors = {f"floor: {variant}": of[key] for variant, of in variants.items() if of[key] is not None}
+            columns += (Column(title, numeric=True, group=name) for title in ("candidate", *floors))
+            runs += [_logit_figures(run) for run in (result[key], *floors.values())]
     rows = [(name, *(run[name] for run in runs)) for name in runs[0]]
-    return table(f"{caption}, {plural(logits['tokens'], 'token')}", columns, rows)
+    parts = [table(f"Next-token logits, {plural(result['logits']['tokens'], 'token')}", columns, rows)]
+    if result["mtp_logits"] is None:
+        parts.append(tag("p", "No MTP logits: none of the two was run with an MTP block."))
+    return section("logits", "Logits", *parts)
 
 
 def _logit_figures(logits: Mapping[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from v4quant.parity.report.figures import factor, number, share
 from v4quant.parity.report.findings import attribution_part, departures_part, layers_part, logits_part
 from v4quant.parity.report.markup import Column, Html, join, section, shown, table, tag
 from v4quant.parity.report.plots.canvas import to_svg
-from v4quant.parity.report.plots.layers import draw_agreement, draw_errors
+from v4quant.parity.report.plots.layers import draw_disagreement, draw_errors
 from v4quant.parity.report.plots.roles import by_role, draw_bytes
 from v4quant.parity.report.plots.tokens import draw_kl, tokens_a_mark
 from v4quant.parity.report.run_facts import config_part, coverage_part, evidence_part, gates_part
@@ -42,9 +42,29 @@ def build_page(result: Mapping[str, Any]) -> str:
     return template.substitute(
         title=shown(f"{result['verdict']}: {evidence['candidate']['path']} against {evidence['reference']['path']}"),
         verdict=verdict_part(result),
+        contents=_contents(result),
         sections=join(sections),
         version=shown(result["tool_version"]),
     )
+
+
+def _contents(result: Mapping[str, Any]) -> Html:
+    words = [
+        "plots",
+        "departures",
+        "attribution",
+        "coverage",
+        "layers",
+        "logits",
+        "bytes",
+        "config",
+        "gates",
+        "evidence",
+    ]
+    if result["attribution"] is None:
+        words.remove("attribution")
+    links = (tag("a", word.capitalize(), href=f"#{word}") for word in words)
+    return tag("nav", join(links, " "), aria_label="Contents")
 
 
 def _plots_part(result: Mapping[str, Any]) -> Html:
@@ -54,7 +74,7 @@ def _plots_part(result: Mapping[str, Any]) -> Html:
         "Where and how much",
         _errors_figure(result, of),
         _kl_figure(result),
-        _agreement_figure(result, of),
+        _disagreement_figure(result, of),
         _bytes_figure(result),
     )
 
@@ -85,22 +105,21 @@ def _kl_figure(result: Mapping[str, Any]) -> Html:
         "one position, at a setting."
     )
     if many > 1:
-        reading += (
-            f" Each bar spans up to {many:,} neighbouring tokens, from the smallest to the largest; none is left out."
-        )
+        reading += f" A mark stands for up to {many:,} neighbouring tokens; the largest is always shown."
     return _figure("Divergence of the next-token distribution, by token", to_svg(draw_kl, result, "kl", words), reading)
 
 
-def _agreement_figure(result: Mapping[str, Any], of: str) -> Html:
+def _disagreement_figure(result: Mapping[str, Any], of: str) -> Html:
     lowest = min(result["layers"], key=lambda layer: float(layer["expert_agreement"]))
     words = (
-        "Share of routed experts, and of indexer picks, that both chose, by layer. The lowest agreement on experts is "
-        f"{share(lowest['expert_agreement'])}, in layer {lowest['layer']}. All values are in the table of layers."
+        "Share of routed experts, and of indexer picks, that only one of the two chose, by layer. At most "
+        f"{share(1 - lowest['expert_agreement'])} of the experts, in layer {lowest['layer']}. All values are in the "
+        "table of layers."
     )
     return _figure(
-        "Agreement on experts and on what attention reads, by layer",
-        to_svg(draw_agreement, result, "agreement", words),
-        f"Marks within the band agree as well as the {of} with itself. Marks: both fed the reference's input; dashes: "
+        "Disagreement on experts and on what attention reads, by layer",
+        to_svg(draw_disagreement, result, "disagreement", words),
+        f"Marks in the band disagree no more than the {of} with itself. Marks: both fed the reference's input; dashes: "
         "each fed its own.",
     )
 

@@ -86,6 +86,15 @@ def legend(figure: Figure, handles: Iterable[Artist]) -> None:
     figure.legend(handles=held, loc="outside upper left", ncols=len(held), borderaxespad=0.2)
 
 
+def _power(decade: int) -> str:
+    return "10" + str(decade).translate(_SUPERSCRIPTS)
+
+
+def percentage(decade: int) -> str:
+    """A decade as a share: "1 %" for -2."""
+    return f"{100 * 10.0**decade:.10g} %"
+
+
 class LogScale:
     """A log axis that has a place for 0: a marked line under the smallest decade.
 
@@ -117,16 +126,22 @@ class LogScale:
         """Where a value stands on the axis."""
         return math.log10(value) if value > 0 else self._zero
 
-    def apply(self, axes: Axes) -> None:
-        """Set limits, ticks and grid, and draw the line of zeros if there are any."""
+    def apply(self, axes: Axes, label: Callable[[int], str] = _power) -> None:
+        """Set limits, ticks and grid, and draw the line of zeros if there are any.
+
+        Args:
+            label: what a decade is called.
+        """
         decades = range(self._low, self._high + 1, 1 + self._span // 7)
-        ticks = [] if self._only_zero else [(float(at), "10" + str(at).translate(_SUPERSCRIPTS)) for at in decades]
+        ticks = [] if self._only_zero else [(float(at), label(at)) for at in decades]
         if self.has_zero:
             ticks.insert(0, (self._zero, "0 or below" if self._has_negative else "exactly 0"))
             axes.axhline(self._zero, color=QUIET, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
-        axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
+        axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks])
         if not self._only_zero and decades.step == 1:
             parts = [math.log10(part) for part in range(2, 10)]
             axes.set_yticks([at + part for at in decades[:-1] for part in parts], minor=True)
         axes.set_ylim(self.bottom, self._high + 0.04 * self._span)
         axes.grid(axis="y")
+        if self._only_zero and not self._has_negative:
+            axes.text(0.5, 0.55, "every value is exactly 0", transform=axes.transAxes, ha="center", color=QUIET)

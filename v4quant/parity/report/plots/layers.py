@@ -1,5 +1,6 @@
-"""Plots with one place a layer: relative errors, and agreement on experts and on the indexer's picks."""
+"""Plots with one place a layer: relative errors, and disagreement on experts and on the indexer's picks."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,10 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from v4quant.parity.report.figures import TIMES
-from v4quant.parity.report.plots.canvas import BAD, FLOOR_BAND, LIMIT_BAND, QUIET, WIDTH, LogScale, legend
+from v4quant.parity.report.plots.canvas import BAD, FLOOR_BAND, LIMIT_BAND, QUIET, WIDTH, LogScale, legend, percentage
 
 # Mark, colour and name of each kind of layer, and of a kind that is none of them.
 _KINDS = {"window": ("o", "#0b62a4", "window"), "csa": ("s", "#d98200", "CSA"), "hca": ("^", "#00805f", "HCA")}
@@ -24,6 +24,7 @@ _AGREEMENTS = {"expert_agreement": "routed experts", "indexer_overlap": "indexer
 _LABELS = 31  # of layers, in one plot
 _NAMED = 3  # departing layers, in the legend
 _DEPARTURE: dict[str, Any] = {"color": BAD, "linewidth": 0.9, "linestyle": (0, (3, 3))}
+_DASH: dict[str, Any] = {"ls": "", "marker": "_", "ms": 8, "mew": 1.4, "color": QUIET}
 _RING: dict[str, Any] = {
     "marker": "o",
     "markersize": 10,
@@ -46,7 +47,7 @@ def draw_errors(result: Mapping[str, Any]) -> Figure:
     for axes, (key, title) in zip(figure.subplots(2, 1, sharex=True), _ERRORS.items(), strict=True):
         for factor, colour in ((margin, LIMIT_BAND), (1, FLOOR_BAND)):
             tops = [scale.place(factor * layer["floor"][key]) for layer in layers]
-            _band(axes, layers, tops, [scale.bottom] * len(tops), colour)
+            _band(axes, layers, tops, scale.bottom, colour)
         _marks(axes, layers, [scale.place(layer[key]) for layer in layers])
         ringed = [layer for layer in layers if (key, f"layer {layer['layer']}") in beyond]
         axes.plot([layer["layer"] for layer in ringed], [scale.place(layer[key]) for layer in ringed], ls="", **_RING)
@@ -59,54 +60,50 @@ def draw_errors(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def draw_agreement(result: Mapping[str, Any]) -> Figure:
-    """Share of routed experts, and of the indexer's picks where there is an indexer, that both chose, by layer."""
+def draw_disagreement(result: Mapping[str, Any]) -> Figure:
+    """Share of routed experts, and of the indexer's picks where there is an indexer, that only one chose, by layer."""
     layers = result["layers"]
     panels = [key for key in _AGREEMENTS if any(layer[key] is not None for layer in layers)]
-    figure = Figure(figsize=(WIDTH, 0.7 + 2.0 * len(panels)), layout="constrained")
-    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, key in zip(rows, panels, strict=True):
+    figure = Figure(figsize=(WIDTH, 0.8 + 2.1 * len(panels)), layout="constrained")
+    for axes, key in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels, strict=True):
         having = [layer for layer in layers if layer[key] is not None]
-        own = [_accumulated(layer, key) for layer in having]
-        for layer in having:  # each by itself: between two layers with an indexer lie others without
-            _band(axes, [layer], [1.0], [_one_if_none(layer["floor"][key])], FLOOR_BAND)
-        axes.plot([layer["layer"] for layer in having], own, ls="", marker="_", ms=8, mew=1.4, color=QUIET)
-        _marks(axes, having, [layer[key] for layer in having], by_hash=key == "expert_agreement")
-        _share_axis(
-            axes,
-            min(
-                value
-                for layer, accumulated in zip(having, own, strict=True)
-                for value in (layer[key], accumulated, _one_if_none(layer["floor"][key]))
-            ),
-        )
-        axes.set_ylabel("chosen by both")
+        numbers = [layer["layer"] for layer in having]
+        isolated = [1 - layer[key] for layer in having]
+        accumulated = [_lost(_accumulated(layer, key)) for layer in having]
+        floors = [_lost(layer["floor"][key]) for layer in having]
+        scale = LogScale([*isolated, *accumulated, *floors])
+        tops = [math.nan if layer[key] is None else scale.place(_lost(layer["floor"][key])) for layer in layers]
+        _band(axes, layers, tops, scale.bottom, FLOOR_BAND)
+        axes.plot(numbers, [scale.place(share) for share in accumulated], **_DASH)
+        hollow = key == "expert_agreement"
+        _marks(axes, having, [scale.place(share) for share in isolated], hollow_if_hashed=hollow)
+        scale.apply(axes, percentage)
+        axes.set_ylabel("chosen by one only")
         _finish(axes, layers, _AGREEMENTS[key])
         axes.set_xlabel("layer" if key == panels[-1] else "")
-    hollow = Line2D([], [], ls="", marker="o", mfc="white", mec=QUIET, label="experts fixed by token id")
-    dash = Line2D([], [], ls="", marker="_", ms=8, mew=1.4, color=QUIET, label="accumulated")
-    hashed = [hollow] if any(layer["routing"] == "hash" for layer in layers) else []
-    band = Patch(color=FLOOR_BAND, label="down to the floor")
-    legend(figure, [*_kinds(layers), *hashed, dash, band, *_departure(layers)])
+    by_hash = Line2D([], [], ls="", marker="o", mfc="white", mec=QUIET, label="experts fixed by token id")
+    hashed = [by_hash] if any(layer["routing"] == "hash" for layer in layers) else []
+    others = [Line2D([], [], label="accumulated", **_DASH), Patch(color=FLOOR_BAND, label="floor")]
+    legend(figure, [*_kinds(layers), *hashed, *others, *_departure(layers)])
     return figure
 
 
-def _band(axes: Axes, layers: Sequence[Layer], tops: Sequence[float], bottoms: Sequence[float], colour: str) -> None:
-    """Fill between two lines that step from layer to layer."""
+def _band(axes: Axes, layers: Sequence[Layer], tops: Sequence[float], bottom: float, colour: str) -> None:
+    """Fill up to a line that steps from layer to layer; nothing where it is NaN."""
     edges = [layer["layer"] - 0.5 for layer in layers]
-    axes.stairs(tops, [*edges, edges[-1] + 1], baseline=bottoms, fill=True, color=colour, linewidth=0, zorder=0.5)
+    axes.stairs(tops, [*edges, edges[-1] + 1], baseline=bottom, fill=True, color=colour, linewidth=0, zorder=0.5)
 
 
-def _marks(axes: Axes, layers: Sequence[Layer], heights: Sequence[float], *, by_hash: bool = False) -> None:
+def _marks(axes: Axes, layers: Sequence[Layer], heights: Sequence[float], *, hollow_if_hashed: bool = False) -> None:
     """A mark a layer, in the form and colour of its kind.
 
     Args:
-        by_hash: True leaves those of hash-routed layers hollow.
+        hollow_if_hashed: True leaves those of hash-routed layers hollow.
     """
     axes.plot([layer["layer"] for layer in layers], heights, color=QUIET, linewidth=0.6, alpha=0.6, zorder=1.8)
     for layer, height in zip(layers, heights, strict=True):
         mark, colour, _ = _KINDS.get(layer["kind"], _OTHER_KIND)
-        face = "white" if by_hash and layer["routing"] == "hash" else colour
+        face = "white" if hollow_if_hashed and layer["routing"] == "hash" else colour
         axes.plot([layer["layer"]], [height], ls="", marker=mark, ms=5, mfc=face, mec=colour, clip_on=False)
 
 
@@ -125,22 +122,16 @@ def _finish(axes: Axes, layers: Sequence[Layer], title: str) -> None:
     axes.set_xlabel("layer")
 
 
-def _share_axis(axes: Axes, lowest: float) -> None:
-    """A linear axis that ends at 1 and reaches down to the lowest share, with some room."""
-    span = max(1 - lowest, 1e-3) * 1.15
-    axes.set_ylim(1 - span, 1 + 0.06 * span)
-    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{100 * at:.6g} %"))
-    axes.grid(axis="y")
+def _accumulated(layer: Layer, key: str) -> float | None:
+    share: float | None = (
+        layer["accumulated_routing"]["agreement"] if key == "expert_agreement" else layer[f"accumulated_{key}"]
+    )
+    return share
 
 
-def _accumulated(layer: Layer, key: str) -> float:
-    found = layer["accumulated_routing"]["agreement"] if key == "expert_agreement" else layer[f"accumulated_{key}"]
-    return _one_if_none(found)
-
-
-def _one_if_none(share: float | None) -> float:
-    return 1.0 if share is None else share
+def _lost(share: float | None) -> float:
+    """What is missing to full agreement; nothing where nothing was measured."""
+    return 0.0 if share is None else 1 - share
 
 
 def _kinds(layers: Iterable[Layer]) -> list[Artist]:

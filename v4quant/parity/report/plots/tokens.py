@@ -76,13 +76,15 @@ def draw_kl(result: Mapping[str, Any]) -> Figure:
     """KL by token position on a log scale, with the prompts' boundaries, the median and the floor's largest."""
     values, lengths = result["logits"]["kl_by_token"], prompt_lengths(result)
     median, floor = result["logits"]["kl"]["median"], result["noise_floor"]["kl_max"]
-    scale = LogScale([*values, median, floor])
+    bins = bins_of(values, lengths)
+    zeros = [one.low for one in bins if one.low <= 0]
+    scale = LogScale([*zeros, *(value for one in bins for value in (one.median, one.high)), median, floor])
     figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
     axes = figure.subplots()
     _boundaries(axes, lengths)
-    handles = _marks(axes, bins_of(values, lengths), scale)
+    handles = _marks(axes, bins, scale)
     for value, style, colour, label in (
-        (median, "solid", INK, f"median {number(median)}"),
+        (median, "solid", INK, f"median of all {number(median)}"),
         (floor, (0, (5, 3)), BAD, f"largest of the floor {number(floor)}"),
     ):
         handles.append(axes.axhline(scale.place(value), ls=style, color=colour, linewidth=1.1, label=label))
@@ -98,15 +100,18 @@ def draw_kl(result: Mapping[str, Any]) -> Figure:
 
 
 def _marks(axes: Axes, bins: Sequence[Bin], scale: LogScale) -> list[Artist]:
-    """A dot a token, or a bar from the smallest to the largest with a dot at the median."""
+    """A dot a token; or of neighbours a dot at the median, a bar from there to the largest, and a dash for zeros."""
     many = any(one.stop - one.start > 1 for one in bins)
     handles: list[Artist] = []
     if many:
         nan = float("nan")  # lifts the pen: all bars are one path
         x = [at for one in bins for at in (one.middle, one.middle, nan)]
-        y = [at for one in bins for at in (scale.place(one.low), scale.place(one.high), nan)]
-        handles += axes.plot(x, y, color=_COLOUR, linewidth=0.9, alpha=0.45, label="smallest to largest of neighbours")
-    label = "their median" if many else "a token"
+        y = [at for one in bins for at in (scale.place(one.median), scale.place(one.high), nan)]
+        handles += axes.plot(x, y, color=_COLOUR, linewidth=0.9, alpha=0.5, label="median to largest of neighbours")
+        zeros = [one for one in bins if one.low <= 0]
+        x = [at for one in zeros for at in (one.start - 0.5, one.stop - 0.5, nan)]
+        axes.plot(x, [scale.place(0)] * len(x), color=_COLOUR, linewidth=2.4, solid_capstyle="butt")
+    label = "median of neighbours" if many else "a token"
     middles, medians = [one.middle for one in bins], [scale.place(one.median) for one in bins]
     size = 1.8 if many or len(bins) > 400 else 3.2
     handles += axes.plot(middles, medians, ls="", marker="o", ms=size, mew=0, color=_COLOUR, label=label)
