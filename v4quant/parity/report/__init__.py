@@ -1,7 +1,8 @@
 """The result of a parity run as a page for people and as JSON.
 
-__init__ -> page (what stands where) -> verdict, findings, run_facts -> markup, figures
-                                     -> plots -> canvas: the only ones that draw
+page                what stands where; page.html has the looks
+verdict, findings, run_facts, plots    its parts
+markup, figures     foreign text made safe, numbers as people read them
 """
 
 import json
@@ -23,14 +24,14 @@ def write_report(result: Mapping[str, Any], folder: Path) -> Path:
     """Write a parity result as `parity.json` and `report.html`; the same result makes the same bytes.
 
     Args:
-        result: what a parity run found, with the keys of docs/parity.md.
+        result: what a parity run found: the object that parity.json holds.
         folder: made if it is missing; an earlier report in it is replaced.
 
     Returns:
         The path of the page.
 
     Raises:
-        OutputError: if the disk refuses; then no parity.json is there.
+        OutputError: if the disk refuses; then the earlier report is whole, or there is no parity.json.
         ValueError: if the result holds NaN or an infinity; nothing is written then.
     """
     from v4quant.parity.report.page import build_page  # matplotlib takes a second; only who draws waits for it

@@ -3,8 +3,7 @@
 Rounding never says more than was measured: nothing but 1 prints as 100 %, nothing but 0 as 0.
 """
 
-NOT_APPLICABLE = "\N{EN DASH}"
-TIMES = "\N{MULTIPLICATION SIGN}"
+NOT_APPLICABLE = "–"
 _SMALL = 1e-3
 _FEWER = 0.01
 _MOST_DIGITS = 15
@@ -46,7 +45,7 @@ def factor(value: float) -> str:
 def times(found: float, floor: float) -> str:
     """How often the floor goes into what was found: "2.10 ×", or words where the floor is 0."""
     if floor > 0:
-        return f"{factor(found / floor)} {TIMES}"
+        return f"{factor(found / floor)} ×"
     return "both 0" if found == 0 else "floor is 0"
 
 
@@ -67,4 +66,4 @@ def run_lengths(values: list[int]) -> str:
             runs[-1][1] += 1
         else:
             runs.append([value, 1])
-    return " + ".join(f"{count} {TIMES} {value:,}" if count > 1 else f"{value:,}" for value, count in runs)
+    return " + ".join(f"{count} × {value:,}" if count > 1 else f"{value:,}" for value, count in runs)

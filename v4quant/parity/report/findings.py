@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from v4quant.parity.report.figures import NOT_APPLICABLE, TIMES, number, share, times
+from v4quant.parity.report.figures import NOT_APPLICABLE, number, share, times
 from v4quant.parity.report.markup import Column, Html, join, section, table, tag
 from v4quant.words import plural
 
@@ -103,7 +103,7 @@ def layers_part(result: Mapping[str, Any]) -> Html:
             for group in (isolated, accumulated)
             for column in (
                 Column("rel. error", numeric=True, group=group),
-                Column(f"{TIMES} floor", numeric=True, group=group),
+                Column("× floor", numeric=True, group=group),
                 Column("bit-equal", numeric=True, group=group),
             )
         ),
@@ -131,7 +131,7 @@ def _layer_row(layer: Mapping[str, Any], *, indexed: bool) -> list[object]:
         layer["routing"],
     ]
     for key, streams in (("isolated_rel_err", isolated), ("accumulated_rel_err", accumulated)):
-        ratio = times(layer[key], floor[key]).removesuffix(f" {TIMES}")
+        ratio = times(layer[key], floor[key]).removesuffix(" ×")
         cells += [number(layer[key]), ratio, share(streams["bit_equal"])]
     cells += [number(1 - layer["cosine"]), share(layer["expert_agreement"]), share(floor["expert_agreement"])]
     if indexed:
@@ -153,12 +153,15 @@ def logits_part(result: Mapping[str, Any]) -> Html:
     parts = [table(f"Next-token logits, {plural(result['logits']['tokens'], 'token')}", columns, rows)]
     if result["mtp_logits"] is None:
         parts.append(tag("p", "No MTP logits: none of the two was run with an MTP block."))
-    return section("logits", "Logits", *parts)
+    note = (
+        "KL(reference ‖ candidate) in nats, reversed KL(candidate ‖ reference); of a floor, of the two runs compared."
+    )
+    return section("logits", "Logits", *parts, tag("p", note, class_="note"))
 
 
 def _logit_figures(logits: Mapping[str, Any]) -> dict[str, str]:
     found = {"bit-equal tokens": share(logits["bit_equal"])}
-    for key, name in (("kl", "KL(reference ‖ candidate)"), ("kl_reverse", "KL(candidate ‖ reference)")):
+    for key, name in (("kl", "KL"), ("kl_reverse", "reversed KL")):
         found |= {f"{name}, {part}": number(logits[key][part]) for part in ("mean", "median", "p99", "max")}
     perplexity = logits["perplexity"]
     return found | {

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from v4quant.parity.report.figures import NOT_APPLICABLE, TIMES, duration, number, run_lengths, share
+from v4quant.parity.report.figures import NOT_APPLICABLE, duration, number, run_lengths, share
 from v4quant.parity.report.markup import Column, Html, join, pairs, section, table, tag
 from v4quant.words import decimal_bytes, plural
 
@@ -169,7 +169,7 @@ def _details(evidence: Mapping[str, Any]) -> list[Html]:
     ids = [tag("p", f"prompt {place}: ", tag("code", " ".join(map(str, of)))) for place, of in enumerate(prompts, 1)]
     total = sum(map(len, prompts))
     return [
-        tag("p", f"Chunks, in tokens ({TIMES} for steps of one size):"),
+        tag("p", "Chunks, in tokens (× for steps of one size):"),
         tag("ul", *shown),
         tag("details", tag("summary", f"Token ids: {total:,} in {plural(len(prompts), 'prompt')}"), *ids),
     ]

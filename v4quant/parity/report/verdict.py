@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from v4quant.parity.report.figures import TIMES, number, share, times
+from v4quant.parity.report.figures import number, share, times
 from v4quant.parity.report.markup import Html, join, tag
 from v4quant.words import plural
 
@@ -112,7 +112,7 @@ def _about_the_floor(floor: Mapping[str, Any]) -> Html:
     return tag(
         "p",
         f"The floor is how far the {floor['of']} lies from itself when only the arithmetic's order changes ({runs}). "
-        f"Up to {floor['margin']:g} {TIMES} the floor (the tick on each bar) a figure counts as noise. "
+        f"Up to {floor['margin']:g} × the floor (the tick on each bar) a figure counts as noise. "
         "KL in nats, over all tokens; for top-1 the shares of tokens with another first choice are compared.",
         class_="note",
     )

@@ -16,9 +16,24 @@ from matplotlib.figure import Figure
 
 from v4quant.parity.report.markup import Html, tag, visible
 
-INK, QUIET, GRID = "#1c2127", "#5b6570", "#e1e5e9"
+INK, QUIET, GRID, PAPER = "#1c2127", "#5b6570", "#e1e5e9", "#ffffff"
 BAD = "#b3261e"
-FLOOR_BAND, LIMIT_BAND = "#c5ced6", "#e6ebef"
+FLOOR_BAND, LIMIT_BAND, REFERENCE_BAR = "#c5ced6", "#e6ebef", "#aab4bd"
+BLUE, ORANGE, GREEN = "#0b62a4", "#d98200", "#00805f"
+# The page has these colours as variables, and others for them in the dark.
+_VARIABLES = {
+    INK: "ink",
+    QUIET: "quiet",
+    GRID: "grid",
+    PAPER: "paper",
+    BAD: "different",
+    FLOOR_BAND: "within",
+    LIMIT_BAND: "rest",
+    REFERENCE_BAR: "bar",
+    BLUE: "blue",
+    ORANGE: "orange",
+    GREEN: "green",
+}
 WIDTH = 9.0  # inches, at 72 units each; the page scales it
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
@@ -68,6 +83,8 @@ def to_svg(draw: Callable[[Mapping[str, Any]], Figure], result: Mapping[str, Any
     text = _LEFT_OUT.sub("", text[text.index("<svg") :])
     for reference, own in (('id="', f'id="{name}-'), ("url(#", f"url(#{name}-"), ('xlink:href="#', f'href="#{name}-')):
         text = text.replace(reference, own)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(f": {colour}", f": var(--{variable}, {colour})")
     size = re.search(r'viewBox="[^"]*"', text)
     assert size is not None
     opening = f'<svg {size[0]} role="img" aria-labelledby="{name}-title">{tag("title", title, id=f"{name}-title")}'

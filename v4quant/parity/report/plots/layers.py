@@ -10,11 +10,23 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from v4quant.parity.report.figures import TIMES
-from v4quant.parity.report.plots.canvas import BAD, FLOOR_BAND, LIMIT_BAND, QUIET, WIDTH, LogScale, legend, percentage
+from v4quant.parity.report.plots.canvas import (
+    BAD,
+    BLUE,
+    FLOOR_BAND,
+    GREEN,
+    LIMIT_BAND,
+    ORANGE,
+    PAPER,
+    QUIET,
+    WIDTH,
+    LogScale,
+    legend,
+    percentage,
+)
 
 # Mark, colour and name of each kind of layer, and of a kind that is none of them.
-_KINDS = {"window": ("o", "#0b62a4", "window"), "csa": ("s", "#d98200", "CSA"), "hca": ("^", "#00805f", "HCA")}
+_KINDS = {"window": ("o", BLUE, "window"), "csa": ("s", ORANGE, "CSA"), "hca": ("^", GREEN, "HCA")}
 _OTHER_KIND = ("D", QUIET, "other")
 _ERRORS = {
     "isolated_rel_err": "isolated: both fed the reference's input",
@@ -55,7 +67,7 @@ def draw_errors(result: Mapping[str, Any]) -> Figure:
         axes.set_ylabel("relative error")
         _finish(axes, layers, title)
     figure.axes[0].set_xlabel("")
-    bands = [Patch(color=FLOOR_BAND, label="floor"), Patch(color=LIMIT_BAND, label=f"up to {margin:g} {TIMES} floor")]
+    bands = [Patch(color=FLOOR_BAND, label="floor"), Patch(color=LIMIT_BAND, label=f"up to {margin:g} × floor")]
     legend(figure, [*_kinds(layers), *bands, *_departure(layers)])
     return figure
 
@@ -81,7 +93,7 @@ def draw_disagreement(result: Mapping[str, Any]) -> Figure:
         axes.set_ylabel("chosen by one only")
         _finish(axes, layers, _AGREEMENTS[key])
         axes.set_xlabel("layer" if key == panels[-1] else "")
-    by_hash = Line2D([], [], ls="", marker="o", mfc="white", mec=QUIET, label="experts fixed by token id")
+    by_hash = Line2D([], [], ls="", marker="o", mfc=PAPER, mec=QUIET, label="experts fixed by token id")
     hashed = [by_hash] if any(layer["routing"] == "hash" for layer in layers) else []
     others = [Line2D([], [], label="accumulated", **_DASH), Patch(color=FLOOR_BAND, label="floor")]
     legend(figure, [*_kinds(layers), *hashed, *others, *_departure(layers)])
@@ -101,10 +113,13 @@ def _marks(axes: Axes, layers: Sequence[Layer], heights: Sequence[float], *, hol
         hollow_if_hashed: True leaves those of hash-routed layers hollow.
     """
     axes.plot([layer["layer"] for layer in layers], heights, color=QUIET, linewidth=0.6, alpha=0.6, zorder=1.8)
+    alike: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
     for layer, height in zip(layers, heights, strict=True):
         mark, colour, _ = _KINDS.get(layer["kind"], _OTHER_KIND)
-        face = "white" if hollow_if_hashed and layer["routing"] == "hash" else colour
-        axes.plot([layer["layer"]], [height], ls="", marker=mark, ms=5, mfc=face, mec=colour, clip_on=False)
+        face = PAPER if hollow_if_hashed and layer["routing"] == "hash" else colour
+        alike.setdefault((mark, colour, face), []).append((layer["layer"], height))
+    for (mark, colour, face), points in alike.items():
+        axes.plot(*zip(*points, strict=True), ls="", marker=mark, ms=5, mfc=face, mec=colour, clip_on=False)
 
 
 def _finish(axes: Axes, layers: Sequence[Layer], title: str) -> None:

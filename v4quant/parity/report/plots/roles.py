@@ -6,11 +6,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from v4quant.parity.report.figures import TIMES, factor
-from v4quant.parity.report.plots.canvas import GRID, WIDTH, drawable, legend
+from v4quant.parity.report.figures import factor
+from v4quant.parity.report.plots.canvas import BLUE, GRID, REFERENCE_BAR, WIDTH, drawable, legend
 from v4quant.words import decimal_bytes
 
-_REFERENCE, _CANDIDATE = "#aab4bd", "#0b62a4"
 _MOST_ROLES = 12
 _BAR = 0.36
 
@@ -33,8 +32,8 @@ def draw_bytes(result: Mapping[str, Any]) -> Figure:
     axes = figure.subplots()
     largest = max((max(role[1:]) for role in roles), default=1) or 1
     for place, (_, before, after) in enumerate(roles):
-        ratio = f" ({factor(after / before)} {TIMES})" if before and after != before else ""
-        for offset, size, colour, note in ((-_BAR / 2, before, _REFERENCE, ""), (_BAR / 2, after, _CANDIDATE, ratio)):
+        ratio = f" ({factor(after / before)} ×)" if before and after != before else ""
+        for offset, size, colour, note in ((-_BAR / 2, before, REFERENCE_BAR, ""), (_BAR / 2, after, BLUE, ratio)):
             axes.barh(place + offset, size, height=_BAR, color=colour)
             words = (decimal_bytes(size) if size else "none") + note
             axes.text(size + 0.008 * largest, place + offset, words, va="center", fontsize=8.5)
@@ -45,5 +44,5 @@ def draw_bytes(result: Mapping[str, Any]) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.spines["bottom"].set_visible(False)
     axes.spines["left"].set_color(GRID)
-    legend(figure, [Patch(color=_REFERENCE, label="reference"), Patch(color=_CANDIDATE, label="candidate")])
+    legend(figure, [Patch(color=REFERENCE_BAR, label="reference"), Patch(color=BLUE, label="candidate")])
     return figure

@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from v4quant.parity.report.figures import number
-from v4quant.parity.report.plots.canvas import BAD, INK, QUIET, WIDTH, LogScale, legend
+from v4quant.parity.report.plots.canvas import BAD, BLUE, INK, QUIET, WIDTH, LogScale, legend
 
-_COLOUR = "#0b62a4"
 _MOST_SINGLE = 1200  # a mark takes some 100 bytes of SVG
 _MOST_BINS = 600
 _MOST_BOUNDARIES = 40
@@ -107,14 +106,14 @@ def _marks(axes: Axes, bins: Sequence[Bin], scale: LogScale) -> list[Artist]:
         nan = float("nan")  # lifts the pen: all bars are one path
         x = [at for one in bins for at in (one.middle, one.middle, nan)]
         y = [at for one in bins for at in (scale.place(one.median), scale.place(one.high), nan)]
-        handles += axes.plot(x, y, color=_COLOUR, linewidth=0.9, alpha=0.5, label="median to largest of neighbours")
+        handles += axes.plot(x, y, color=BLUE, linewidth=0.9, alpha=0.5, label="median to largest of neighbours")
         zeros = [one for one in bins if one.low <= 0]
         x = [at for one in zeros for at in (one.start - 0.5, one.stop - 0.5, nan)]
-        axes.plot(x, [scale.place(0)] * len(x), color=_COLOUR, linewidth=2.4, solid_capstyle="butt")
+        axes.plot(x, [scale.place(0)] * len(x), color=BLUE, linewidth=2.4, solid_capstyle="butt")
     label = "median of neighbours" if many else "a token"
     middles, medians = [one.middle for one in bins], [scale.place(one.median) for one in bins]
     size = 1.8 if many or len(bins) > 400 else 3.2
-    handles += axes.plot(middles, medians, ls="", marker="o", ms=size, mew=0, color=_COLOUR, label=label)
+    handles += axes.plot(middles, medians, ls="", marker="o", ms=size, mew=0, color=BLUE, label=label)
     return handles
 
 
