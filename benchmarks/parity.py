@@ -90,7 +90,7 @@ def pro_over_flash() -> float:
             for n in ("3", "4")
         )
         sizes[like] = two["bytes"] - one["bytes"]
-    return sizes["pro"] / sizes["flash"]
+    return float(sizes["pro"] / sizes["flash"])
 
 
 def main() -> None:

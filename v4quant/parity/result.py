@@ -15,7 +15,7 @@ from v4quant.parity.execution import CSA, HCA
 from v4quant.parity.lockstep import BlockOutcome
 from v4quant.parity.logits import LogitFigures
 from v4quant.parity.verdict import MARGIN, Judgement, Verdict, blocks_of
-from v4quant.parity.words import in_words
+from v4quant.parity.sentences import in_words
 
 _KINDS = {0: "window", CSA: "csa", HCA: "hca"}
 
