@@ -127,10 +127,24 @@ def test_other_origins(layer: int | None, module: str | None, said: str, tmp_pat
     assert "No stored tensor differs (value comparison of layers.3)." in page.texts
 
 
-def test_agreements_beyond_their_limit_are_measured_by_what_is_lost(tmp_path: Path) -> None:
+def test_departures_are_measured_by_their_limits(tmp_path: Path) -> None:
     result = make_result("different")
-    result["departures"] = [{"figure": "top1", "where": "logits", "found": 0.9, "limit": 0.98}]
-    assert page_of(result, tmp_path).row("logits")[-1] == "5.00 ×"
+    result["departures"] = [
+        {"figure": "1 - top1", "where": "logits", "found": 0.1, "limit": 0.02},
+        {"figure": "mtp_blocks", "where": "config.json", "found": 1.0, "limit": 0.0},
+    ]
+    page = page_of(result, tmp_path)
+    assert page.row("logits")[-1] == "5.00 ×"
+    assert page.row("config.json")[-1] == "–"
+
+
+def test_stored_outputs_in_the_place_of_a_reference(tmp_path: Path) -> None:
+    result = make_result("indistinguishable")
+    result["evidence"]["reference"] = None
+    result["bytes_by_role"]["reference"] = None
+    page = page_of(result, tmp_path)
+    assert "stored outputs" in page.texts
+    assert "reference.safetensors" in page.texts
 
 
 def test_silence_is_no_proof(pages: dict[str, Path], tmp_path: Path) -> None:
@@ -223,7 +237,7 @@ def test_any_number_of_tokens(lengths: tuple[int, ...], tmp_path: Path) -> None:
 
 def test_every_error_exactly_zero(tmp_path: Path) -> None:
     page = page_of(make_result("identical", zero=True), tmp_path)
-    assert page.texts.count("every value is exactly 0") == 4
+    assert page.texts.count("every value is exactly 0") == 2  # errors have a limit to draw all the same
     assert page.texts.count("exactly 0") == 5
     assert not re.search(r"\b(nan|inf)\b", page.text.lower())
 

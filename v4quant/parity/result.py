@@ -14,8 +14,8 @@ from v4quant.parity.evidence import bytes_by_role, config_differences, describe,
 from v4quant.parity.execution import CSA, HCA
 from v4quant.parity.lockstep import BlockOutcome
 from v4quant.parity.logits import LogitFigures
-from v4quant.parity.verdict import MARGIN, Judgement, Verdict, blocks_of
 from v4quant.parity.sentences import in_words
+from v4quant.parity.verdict import MARGIN, Judgement, Verdict, blocks_of
 
 _KINDS = {0: "window", CSA: "csa", HCA: "hca"}
 
@@ -44,7 +44,7 @@ def to_json(task: Task, comparison: Comparison, gates: list[dict[str, Any]]) -> 
         "logits": _logits(found),
         "mtp_logits": _logits(outcome.mtp_logits.found) if outcome.mtp_logits else None,
         "layers": [
-            _layer(number, layer, number < task.candidate.config.num_hash_layers, layer.name in departing)
+            _layer(number, layer, number < task.candidate.config.num_hash_layers, layer.name in departing, judgement)
             for number, layer in enumerate(outcome.layers)
         ],
         "attribution": _attribution(comparison, who),
@@ -98,16 +98,17 @@ def _logits(figures: LogitFigures) -> dict[str, Any]:
     }
 
 
-def _layer(number: int, layer: BlockOutcome, hashed: bool, departs: bool) -> dict[str, Any]:
+def _layer(number: int, layer: BlockOutcome, hashed: bool, departs: bool, judgement: Judgement) -> dict[str, Any]:
     isolated, accumulated = layer.isolated, layer.accumulated
     assert isolated is not None and accumulated is not None, "layers of the reference are always known"
+    floor, limits = _worst_noise(layer), judgement.limits
     return {
         "layer": number,
         "kind": _KINDS[layer.ratio],
         "routing": "hash" if hashed else "score",
         "isolated_rel_err": isolated.streams.rel_err,
         "accumulated_rel_err": accumulated.streams.rel_err,
-        "cosine": accumulated.streams.cosine,
+        "cosine": isolated.streams.cosine,
         "expert_agreement": isolated.routing.agreement,
         "indexer_overlap": isolated.indexer_overlap,
         "isolated": asdict(isolated.streams),
@@ -115,7 +116,11 @@ def _layer(number: int, layer: BlockOutcome, hashed: bool, departs: bool) -> dic
         "isolated_routing": asdict(isolated.routing),
         "accumulated_routing": asdict(accumulated.routing),
         "accumulated_indexer_overlap": accumulated.indexer_overlap,
-        "floor": _worst_noise(layer),
+        "floor": floor,
+        "limit": {
+            "isolated_rel_err": limits["isolated_rel_err"],
+            "accumulated_rel_err": max(MARGIN * floor["accumulated_rel_err"], limits["isolated_rel_err"]),
+        },
         "departs": departs,
     }
 

@@ -3,18 +3,24 @@
 from collections.abc import Mapping
 from typing import Any
 
-from v4quant.parity.report.figures import NOT_APPLICABLE, number, share, times
+from v4quant.parity.report.figures import NOT_APPLICABLE, factor, number, share
 from v4quant.parity.report.markup import Column, Html, join, section, table, tag
 from v4quant.words import plural
 
 _NAMES = {
     "isolated_rel_err": "relative error, isolated",
+    "isolated_median_rel_err": "relative error of the median token, isolated",
+    "isolated_worst_expert_rel_err": "relative error of the worst expert's median token, isolated",
     "accumulated_rel_err": "relative error, accumulated",
+    "1 - expert_agreement": "experts picked by one only",
+    "swapped_mass": "routing weight on experts picked by one only",
+    "1 - indexer_overlap": "indexer picks of one only",
     "kl_mean": "KL divergence, mean",
-    "kl_max": "KL divergence, largest",
-    "top1": "same first choice (top-1)",
-    "expert_agreement": "agreement on experts",
-    "indexer_overlap": "overlap of indexer picks",
+    "kl_p99": "KL divergence, 99 %",
+    "kl_reverse_mean": "reversed KL divergence, mean",
+    "1 - top1": "another first choice",
+    "1 - top5_overlap": "of the five best not in common",
+    "mtp_blocks": "MTP block missing",
 }
 _KINDS = {"window": "window", "csa": "CSA", "hca": "HCA"}
 
@@ -32,19 +38,16 @@ def departures_part(result: Mapping[str, Any]) -> Html:
         Column("beyond it", numeric=True),
     ]
     rows = [
-        (of["where"], _NAMES.get(of["figure"], of["figure"]), number(of["found"]), number(of["limit"]), _beyond(of))
+        (
+            of["where"],
+            _NAMES.get(of["figure"], of["figure"]),
+            number(of["found"]),
+            number(of["limit"]),
+            f"{factor(of['found'] / of['limit'])} ×" if of["limit"] else NOT_APPLICABLE,
+        )
         for of in found
     ]
     return section("departures", "Departures", table("Figures beyond their limits, the worst first", columns, rows))
-
-
-def _beyond(departure: Mapping[str, Any]) -> str:
-    """How often the limit goes into what was found; of agreements, of what is lost of them."""
-    found, limit = departure["found"], departure["limit"]
-    lost = found < limit
-    return (
-        times(1 - found, 1 - limit).replace("floor", "limit") if lost else times(found, limit).replace("floor", "limit")
-    )
 
 
 def attribution_part(result: Mapping[str, Any]) -> Html:
@@ -66,6 +69,8 @@ def attribution_part(result: Mapping[str, Any]) -> Html:
 
 def _origin(attribution: Mapping[str, Any]) -> list[object]:
     layer, module = attribution["layer"], attribution["module"]
+    if layer is None and module is None:
+        return ["No single block departs: small differences of many add up."]
     where = "outside the layers" if layer is None else f"in layer {layer}"
     if module is None:
         return ["The difference arises ", tag("strong", where), "; no single module explains it."]
@@ -103,7 +108,7 @@ def layers_part(result: Mapping[str, Any]) -> Html:
             for group in (isolated, accumulated)
             for column in (
                 Column("rel. error", numeric=True, group=group),
-                Column("× floor", numeric=True, group=group),
+                Column("of limit", numeric=True, group=group),
                 Column("bit-equal", numeric=True, group=group),
             )
         ),
@@ -131,8 +136,7 @@ def _layer_row(layer: Mapping[str, Any], *, indexed: bool) -> list[object]:
         layer["routing"],
     ]
     for key, streams in (("isolated_rel_err", isolated), ("accumulated_rel_err", accumulated)):
-        ratio = times(layer[key], floor[key]).removesuffix(" ×")
-        cells += [number(layer[key]), ratio, share(streams["bit_equal"])]
+        cells += [number(layer[key]), factor(layer[key] / layer["limit"][key]), share(streams["bit_equal"])]
     cells += [number(1 - layer["cosine"]), share(layer["expert_agreement"]), share(floor["expert_agreement"])]
     if indexed:
         cells += [share(layer["indexer_overlap"]), share(floor["indexer_overlap"])]

@@ -27,6 +27,7 @@ def build_page(result: Mapping[str, Any]) -> str:
     """
     template = Template(importlib.resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8"))
     evidence = result["evidence"]
+    against = evidence["reference"] or evidence["reference_outputs"]
     sections = [
         _plots_part(result),
         departures_part(result),
@@ -40,7 +41,7 @@ def build_page(result: Mapping[str, Any]) -> str:
         evidence_part(result),
     ]
     return template.substitute(
-        title=shown(f"{result['verdict']}: {evidence['candidate']['path']} against {evidence['reference']['path']}"),
+        title=shown(f"{result['verdict']}: {evidence['candidate']['path']} against {against['path']}"),
         verdict=verdict_part(result),
         contents=_contents(result),
         sections=join(sections),
@@ -89,8 +90,9 @@ def _errors_figure(result: Mapping[str, Any], of: str) -> Html:
     return _figure(
         "Relative error of the residual streams, by layer",
         to_svg(draw_errors, result, "errors", words),
-        f"In the dark band a layer differs no more than the {of} from itself; above the light band it departs. "
-        "The upper plot shows where a difference arises, the lower one what becomes of it.",
+        f"In the dark band a layer differs no more than the {of} from itself there; above the light band it departs: "
+        "the limit rests on the noise of all layers, and accumulated errors are judged after the last layer alone. The "
+        "upper plot shows where a difference arises, the lower one what becomes of it.",
     )
 
 

@@ -17,7 +17,6 @@ def coverage_part(result: Mapping[str, Any]) -> Html:
     run = ", ".join(
         [
             f"{plural(coverage['tokens'], 'token')} in {plural(coverage['prompts'], 'prompt')}",
-            plural(coverage["prefill_pieces"], "prefill piece"),
             plural(coverage["decode_steps"], "decode step"),
         ]
     )
@@ -119,7 +118,8 @@ def evidence_part(result: Mapping[str, Any]) -> Html:
 
 
 def _checkpoints(evidence: Mapping[str, Any]) -> Html:
-    columns = [Column(""), *(Column(side, kind="name") for side in _SIDES)]
+    sides = [side for side in _SIDES if evidence[side] is not None]  # a stored reference is no checkpoint
+    columns = [Column(""), *(Column(side, kind="name") for side in sides)]
     keys = {
         "path": "path",
         "release": "release",
@@ -132,11 +132,11 @@ def _checkpoints(evidence: Mapping[str, Any]) -> Html:
     rows = [
         [
             title,
-            *(tag("code", NOT_APPLICABLE if evidence[side][key] is None else evidence[side][key]) for side in _SIDES),
+            *(tag("code", NOT_APPLICABLE if evidence[side][key] is None else evidence[side][key]) for side in sides),
         ]
         for key, title in keys.items()
     ]
-    sizes = [f"{evidence[side]['bytes']:,} ({decimal_bytes(evidence[side]['bytes'])})" for side in _SIDES]
+    sizes = [f"{evidence[side]['bytes']:,} ({decimal_bytes(evidence[side]['bytes'])})" for side in sides]
     return table("Checkpoints", columns, [*rows, ["bytes", *sizes]])
 
 

@@ -45,8 +45,10 @@ def verdict_part(result: Mapping[str, Any]) -> Html:
 
 def _heading(result: Mapping[str, Any]) -> Html:
     evidence = result["evidence"]
-    name = {side: tag("span", evidence[side]["path"], class_="path") for side in ("candidate", "reference")}
-    stored = {side: tag("span", evidence[side]["format"], class_="stored") for side in ("candidate", "reference")}
+    outputs = {"path": (evidence["reference_outputs"] or {}).get("path"), "format": "stored outputs"}
+    sides = {"candidate": evidence["candidate"], "reference": evidence["reference"] or outputs}
+    name = {side: tag("span", of["path"], class_="path") for side, of in sides.items()}
+    stored = {side: tag("span", of["format"], class_="stored") for side, of in sides.items()}
     return tag(
         "header",
         tag("p", "Parity report", class_="kicker"),

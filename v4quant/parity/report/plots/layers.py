@@ -50,15 +50,13 @@ Layer = Mapping[str, Any]
 
 def draw_errors(result: Mapping[str, Any]) -> Figure:
     """Relative error by layer, isolated over accumulated, on one log scale; the floor and the limit as bands."""
-    layers, margin = result["layers"], result["noise_floor"]["margin"]
-    scale = LogScale(
-        value for layer in layers for key in _ERRORS for value in (layer[key], margin * layer["floor"][key])
-    )
+    layers = result["layers"]
+    scale = LogScale(value for layer in layers for key in _ERRORS for value in (layer[key], layer["limit"][key]))
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     beyond = {(found["figure"], found["where"]) for found in result["departures"]}
     for axes, (key, title) in zip(figure.subplots(2, 1, sharex=True), _ERRORS.items(), strict=True):
-        for factor, colour in ((margin, LIMIT_BAND), (1, FLOOR_BAND)):
-            tops = [scale.place(factor * layer["floor"][key]) for layer in layers]
+        for band, colour in (("limit", LIMIT_BAND), ("floor", FLOOR_BAND)):
+            tops = [scale.place(layer[band][key]) for layer in layers]
             _band(axes, layers, tops, scale.bottom, colour)
         _marks(axes, layers, [scale.place(layer[key]) for layer in layers])
         ringed = [layer for layer in layers if (key, f"layer {layer['layer']}") in beyond]
@@ -67,7 +65,7 @@ def draw_errors(result: Mapping[str, Any]) -> Figure:
         axes.set_ylabel("relative error")
         _finish(axes, layers, title)
     figure.axes[0].set_xlabel("")
-    bands = [Patch(color=FLOOR_BAND, label="floor"), Patch(color=LIMIT_BAND, label=f"up to {margin:g} × floor")]
+    bands = [Patch(color=FLOOR_BAND, label="floor"), Patch(color=LIMIT_BAND, label="up to the limit")]
     legend(figure, [*_kinds(layers), *bands, *_departure(layers)])
     return figure
 

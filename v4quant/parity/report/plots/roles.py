@@ -16,7 +16,8 @@ _BAR = 0.36
 
 def by_role(result: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     """Role, its bytes in the reference and in the candidate; the largest first."""
-    reference, candidate = result["bytes_by_role"]["reference"], result["bytes_by_role"]["candidate"]
+    sides = result["bytes_by_role"]
+    reference, candidate = sides["reference"] or {}, sides["candidate"]  # a stored reference has no bytes
     roles = [(role, reference.get(role, 0), candidate.get(role, 0)) for role in reference | candidate]
     return sorted(roles, key=lambda role: (-max(role[1:]), role[0]))
 
