@@ -118,6 +118,23 @@ def test_disagreement_is_what_is_missing_to_one() -> None:
     assert hollow == [0, 1]  # routed by hash
 
 
+def test_disagreement_stands_beside_its_floor_and_the_accumulated_one() -> None:
+    result = make_result("different", layers=8)
+    experts, indexer = draw_disagreement(result).axes
+    bands = [axes.patches[0].get_data().values for axes in (experts, indexer)]  # type: ignore[attr-defined]
+    dashes = [dict(points_of(line)) for axes in (experts, indexer) for line in axes.lines if line.get_marker() == "_"]
+    for at, layer in enumerate(result["layers"]):
+        floor, accumulated = layer["floor"]["expert_agreement"], layer["accumulated_routing"]["agreement"]
+        assert floor == 1 or bands[0][at] == pytest.approx(math.log10(1 - floor))
+        assert dashes[0][at] == pytest.approx(math.log10(1 - accumulated))
+        if layer["kind"] == "csa":
+            assert bands[1][at] == pytest.approx(math.log10(1 - layer["floor"]["indexer_overlap"]))
+            assert dashes[1][at] == pytest.approx(math.log10(1 - layer["accumulated_indexer_overlap"]))
+        else:
+            assert math.isnan(bands[1][at])
+            assert at not in dashes[1]
+
+
 @pytest.mark.parametrize(("layers", "labels"), [(1, 1), (31, 31), (43, 22), (61, 31), (100, 20)])
 def test_layers_are_labelled_as_often_as_there_is_room(layers: int, labels: int) -> None:
     axes = draw_errors(make_result(layers=layers)).axes[1]
