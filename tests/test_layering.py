@@ -15,8 +15,9 @@ PACKAGE = Path(v4quant.__file__).parent
 COMMON = {"errors", "dtypes", "encodings", "strict_json", "config", "config_keys", "names", "inventory"}
 # Room -> rooms it may import besides itself and the common modules.
 ARROWS = {
-    "cli": {"testing", "model", "checkpoint", "formats"},
+    "cli": {"testing", "parity", "model", "checkpoint", "formats"},
     "testing": {"kernels", "checkpoint", "formats", "numerics"},
+    "parity": {"model", "checkpoint"},
     "model": {"kernels", "checkpoint"},
     "kernels": {"numerics"},
     "checkpoint": {"formats", "numerics"},
@@ -39,7 +40,7 @@ THIRD_PARTIES = {
     "llvmlite": {"numerics"},
     "numba": {"numerics"},
     "numpy": {"numerics", "formats", "checkpoint", "testing"},
-    "torch": {"checkpoint", "kernels", "model", "testing"},
+    "torch": {"checkpoint", "kernels", "model", "parity", "testing"},
     "triton": {"kernels"},
 }
 # These run in `inspect` and `--help`, which must start at once.
