@@ -70,7 +70,7 @@ class Editor:
         self._rewritten: set[str] = set()  # shards that hold other tensors than the original's
         self._removed: set[str] = set()
         self._second_names: dict[str, str] = {}
-        self._damage: dict[str, Callable[[Path], None]] = {}
+        self._damage: dict[str, Callable[[Path], object]] = {}
         self._index: dict[str, Any] | None = None  # None: rebuilt
         self._index_edits: list[Callable[[dict[str, Any]], object]] = []
 
@@ -117,7 +117,7 @@ class Editor:
         """Put a second copy of a shard beside it, which the index does not name."""
         self._second_names[new_name] = name
 
-    def damage_file(self, name: str, damage: Callable[[Path], None]) -> None:
+    def damage_file(self, name: str, damage: Callable[[Path], object]) -> None:
         """Change a shard's bytes behind the back of its header.
 
         Args:
