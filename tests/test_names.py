@@ -6,7 +6,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from v4quant.names import Role, TensorName, block_prefix, expert_name, other_spelling, parse_name, scale_name
+from v4quant.names import (
+    Role,
+    TensorName,
+    block_prefix,
+    expert_name,
+    in_block,
+    of_expert,
+    other_spelling,
+    parse_name,
+    scale_name,
+)
 
 # Name, block, index, module, expert, leaf, role: at least one of every row of the releases' inventories.
 Row = tuple[str, str, int, str, int, str, str]
@@ -207,3 +217,24 @@ def test_any_text_is_a_name_or_none(text: str) -> None:
     parsed = parse_name(text)
     if parsed is not None:
         assert rebuilt(parsed) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "moved"),
+    [
+        ("layers.7.attn_norm.weight", "layers.12.attn_norm.weight"),
+        ("layers.0.ffn.experts.7.w1.scale", "layers.12.ffn.experts.7.w1.scale"),
+        ("mtp.0.hc_head_scale", "mtp.12.hc_head_scale"),
+    ],
+)
+def test_in_block(name: str, moved: str) -> None:
+    parts = parse_name(name)
+    assert parts is not None
+    assert in_block(parts, 12) == moved
+
+
+@pytest.mark.parametrize("leaf", ["weight", "scale"])
+def test_of_expert(leaf: str) -> None:
+    parts = parse_name(f"mtp.1.ffn.experts.12.w3.{leaf}")
+    assert parts is not None
+    assert of_expert(parts, 345) == f"mtp.1.ffn.experts.345.w3.{leaf}"

@@ -178,6 +178,18 @@ def block_prefix(block: str, index: int) -> str:
     return f"{block}.{index}."
 
 
+def in_block(parts: TensorName, index: int) -> str:
+    """The name that a block's tensor has in another block of its kind: "layers.7.attn_norm.weight" -> "layers.2..."."""
+    return block_prefix(parts.block, index) + parts.name.removeprefix(block_prefix(parts.block, parts.index))
+
+
+def of_expert(parts: TensorName, expert: int) -> str:
+    """The name that a routed expert's tensor has for another expert of its block."""
+    return (
+        f"{block_prefix(parts.block, parts.index)}ffn.experts.{expert}.{parts.module.rpartition('.')[2]}.{parts.leaf}"
+    )
+
+
 def expert_name(expert: int, matrix: str) -> str:
     """Local name of a routed expert's weight: expert_name(12, "w1") is "ffn.experts.12.w1.weight"."""
     return f"ffn.experts.{expert}.{matrix}.weight"

@@ -221,6 +221,18 @@ def test_mtp_blocks_that_the_config_gets_wrong() -> None:
     assert problems(april[0], without)[0] == "config.json: has compress_ratios for 1 MTP blocks, but 0 are stored"
 
 
+@pytest.mark.parametrize(("like", "blocks"), [("flash", "1 MTP block is"), ("flash-0731", "3 MTP blocks are")])
+def test_mtp_blocks_that_the_config_does_not_announce(like: str, blocks: str) -> None:
+    """Loaders go by num_nextn_predict_layers, and leave the blocks out in silence."""
+    config_json, entries = stored(like)
+    for announced in (1, 3):
+        assert problems({**config_json, "num_nextn_predict_layers": announced}, entries) == []
+    config_json["num_nextn_predict_layers"] = 0
+    expected = f"config.json: says num_nextn_predict_layers 0, but {blocks} stored; loaders would leave them out"
+    assert problems(config_json, entries) == [expected]
+    assert problems(*stored(like, mtp=False)) == []
+
+
 @pytest.mark.parametrize(
     "hostile",
     [

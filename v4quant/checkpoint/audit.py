@@ -148,6 +148,12 @@ def audit_config(config: V4Config, scheme: Scheme, entries: Entries, parsed: Par
     blocks = stored_mtp_blocks(parsed)
     if config.mtp_blocks != blocks:
         yield Problem(CONFIG_NAME, f"has compress_ratios for {config.mtp_blocks} MTP blocks, but {blocks} are stored")
+    if blocks and config.num_nextn_predict_layers == 0:
+        # Loaders go by this key. Only "some or none" is compared: the DSpark releases say 1 and have three blocks.
+        stored = "1 MTP block is" if blocks == 1 else f"{blocks} MTP blocks are"
+        yield Problem(
+            CONFIG_NAME, f"says num_nextn_predict_layers 0, but {stored} stored; loaders would leave them out"
+        )
     if config.is_dspark and blocks and not is_dspark_stored(parsed):
         yield Problem(CONFIG_NAME, "has dspark_markov_rank, but the MTP blocks that are stored are no DSpark stages")
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME, TensorRecord, Verdict, read_certificate
 from v4quant.checkpoint.compare import compare_plain, compare_weight
+from v4quant.checkpoint.compare_config import config_differences
 from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.plan import DEFAULT_WORKERS
@@ -108,9 +109,10 @@ def verify_hashes(out: Checkpoint, *, workers: int = DEFAULT_WORKERS, progress: 
 def verify_values(
     out: Checkpoint, source: Checkpoint, *, workers: int = DEFAULT_WORKERS, progress: Advance = _ignore
 ) -> VerifyReport:
-    """Decode both checkpoints and compare every value of every tensor, signs of zero included.
+    """Decode both checkpoints and compare every value of every tensor, signs of zero included, and config.json.
 
-    A tensor that the certificate calls rounded may differ, but not by more than the certificate says.
+    Of config.json all that is not about storage counts (compare_config.py). A tensor that the certificate calls
+    rounded may differ, but not by more than the certificate says.
 
     Args:
         out: the checkpoint to verify.
@@ -123,6 +125,7 @@ def verify_values(
     source.require_sound()
     report = VerifyReport()
     report.mismatches += _structural(out)
+    report.mismatches += [Mismatch(CONFIG_NAME, difference) for difference in config_differences(out, source)]
     allowed = _rounded_records(out)
 
     def check(tensor: LogicalTensor) -> tuple[int, Verdict | Mismatch]:
