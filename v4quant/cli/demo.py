@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from v4quant.checkpoint.verify import VerifyReport
 
 _MARKER = "v4quant.demo"
-_FOLDERS = ("native", "fp8", "bf16", "native-again", "damaged")
+_FOLDERS = ("native", "fp8", "bf16", "native-again", "damaged", "report")
 
 
 def demo(
@@ -25,7 +25,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in OUT.")] = False,
     json_mode: JsonMode = False,
 ) -> None:
-    """Make a tiny checkpoint, convert it, prove the results, and show that a single flipped bit is found.
+    """Make a tiny checkpoint, convert it, prove the results, run both, and show that a single flipped bit is found.
 
     \b
     v4quant demo
@@ -40,11 +40,13 @@ def demo(
     run.convert("bf16")
     run.return_to_native()
     run.find_a_flipped_bit()
-    output.result({"ok": run.ok, "steps": run.steps, "folder": str(out)})
+    run.parity()
+    output.result({"ok": run.ok, "steps": run.steps, "folder": str(out), "report": str(run.report)})
     if not run.ok:
         raise CheckFailedError(f"{out}: a step failed", hint="This is a defect of v4quant; please report it.")
     output.line(f"proved: {', '.join(step['proved'] for step in run.steps if step['proved'])}")
-    output.note(f"next: v4quant inspect {out / 'fp8'}")
+    output.line(f"report: {run.report}")
+    output.note(f"next: v4quant selftest {out / 'native'}")
 
 
 def _clear(out: Path, *, overwrite: bool) -> None:
@@ -77,6 +79,7 @@ class _Demo:
 
     def __init__(self, out: Path, output: Output) -> None:
         self.steps: list[dict[str, Any]] = []
+        self.report: Path | None = None
         self._out = out
         self._output = output
 
@@ -136,6 +139,30 @@ class _Demo:
         found = self._verify("damaged", "native").mismatches
         text = f"{found[0].tensor}: {found[0].reason}" if found else "nothing was found"
         self._note("flip one bit, verify", len(found) == 1, text, "a single flipped bit is found and named")
+
+    def parity(self) -> None:
+        """Run the converted checkpoint beside the original, and write the report."""
+        from v4quant.checkpoint.reader import open_checkpoint
+        from v4quant.cli._memory import peak_memory_bytes
+        from v4quant.parity.compare import Task, compare
+        from v4quant.parity.prompts import built_prompts
+        from v4quant.parity.report import write_report
+        from v4quant.parity.result import to_json
+
+        original = open_checkpoint(self._out / "native")
+        prompts = built_prompts(original.config, None, None)
+        task = Task(open_checkpoint(self._out / "fp8"), original, prompts)
+        comparison = compare(task)
+        result = to_json(task, comparison, [])
+        result["evidence"]["peak_memory_bytes"] = peak_memory_bytes()
+        self.report = write_report(result, self._out / "report")
+        text = (
+            f"{result['verdict']} logits on {comparison.outcome.tokens:,} tokens, noise floor KL "
+            f"{result['noise_floor']['kl_mean']:.2g}"
+        )
+        self._note(
+            "run both, parity", result["verdict"] == "identical", text, "fp8 computes the same logits, bit by bit"
+        )
 
     def _convert(self, source: str, target: str, out: Path, like: Path | None = None) -> dict[str, int]:
         from v4quant.checkpoint.apply import apply

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import v4quant
-from v4quant.cli import convert, demo, inspect_, parity, reference, synth, verify
+from v4quant.cli import convert, demo, inspect_, parity, reference, selftest, synth, verify
 from v4quant.cli._output import escaped
 from v4quant.errors import InterruptedRunError, OutputError, V4QuantError
 
@@ -30,6 +30,7 @@ for command in (
     verify.verify,
     reference.reference,
     parity.parity,
+    selftest.selftest,
     demo.demo,
 ):
     app.command()(command)

@@ -11,6 +11,7 @@ from v4quant.model.streaming import BlockResult
 
 # An expert speaks for itself from this many tokens on: the median of fewer is one odd token's.
 _MIN_EXPERT_TOKENS = 8
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ def compare_block(found: BlockResult, expected: BlockResult) -> BlockFigures:
 
 
 def token_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Relative error of each token's streams [T, S, d]: float64 [T]; of a token that should be 0, 0 or infinity."""
+    """Relative error of each token's streams [T, S, d]: float64 [T]; finite even for a token that should be 0."""
     wanted = expected.flatten(1).float()
     error = (found.flatten(1).float() - wanted).norm(dim=1).double()
-    norm = wanted.norm(dim=1).double()
-    return torch.where(error == 0, 0.0, error / norm)
+    norm: torch.Tensor = wanted.norm(dim=1).double().clamp(min=_TINY)
+    return error / norm
 
 
 def compare_streams(found: torch.Tensor, expected: torch.Tensor, errors: torch.Tensor) -> StreamFigures:
@@ -89,7 +90,7 @@ def compare_streams(found: torch.Tensor, expected: torch.Tensor, errors: torch.T
         return StreamFigures(0.0, 0.0, 0.0, 1.0, 1.0, 0, 0.0)
     worst = int(errors.argmax())
     return StreamFigures(
-        rel_err=float(difference.norm() / other.norm()),
+        rel_err=float(difference.norm()) / max(float(other.norm()), _TINY),
         median_rel_err=float(errors.median()),
         max_abs=float(difference.abs().max()),
         cosine=float(one.double() @ other.double()) / norms if norms else 0.0,

@@ -1,6 +1,6 @@
 """What a candidate is compared with: a reference that runs alongside, or outputs of one that were stored before."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,14 +115,18 @@ class Alongside:
 
     def _run(self, block: Block, name: str) -> Expected:
         runs = self._going
-        answers = runs.take(block, runs.plain.streams)
+        answers = runs.take(name, block, runs.plain.streams)
         counts = runs.counted.take()
         require_executed(executed_by(counts, self._model.config, block.ratio, runs.plain.schedule), name)
         return Expected(answers.own, answers.noise)
 
+    def collapsed(self, mtp: int | None) -> list[Collapsed]:
+        """What its runs bring to the vocabulary matrix."""
+        return self._going.collapsed(mtp)
+
     def logits(self, candidate: Runs, last: torch.Tensor, mtp: int | None) -> Pieces:
         """Both vocabulary matrices in step."""
-        runs: Sequence[Collapsed] = [*self._going.collapsed(mtp), *candidate.collapsed(mtp, last)]
+        runs = [*self.collapsed(mtp), *candidate.collapsed(mtp, last)]
         return Pieces(logit_pieces(runs), (3, 0), (4, 0), ((1, 0), (2, 0)))
 
 

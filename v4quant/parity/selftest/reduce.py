@@ -1,7 +1,7 @@
 """A small sound checkpoint out of a large one: the user's own tensors as stored, few enough to try faults on.
 
 Kept are one layer of each compression ratio, a hash-routed and a score-routed one among them, the first MTP block where
-it can be run, some experts and some vocabulary; every other dimension stays. So each kept tensor has the bytes of a
+it can be run, some experts and some vocabulary, and the indexer picks fewer entries; every other dimension stays. So each kept tensor has the bytes of a
 source tensor or of its first rows; only the expert numbers in hash tables are new.
 """
 
@@ -26,6 +26,8 @@ Advance = Callable[[int, str], None]
 
 MAX_EXPERTS = 8
 MAX_VOCABULARY = 512
+# Picks of the indexer: a prompt of a few hundred tokens makes it choose.
+MAX_INDEX_TOPK = 16
 # A router that must pick every expert cannot pick wrong ones.
 SPARE_EXPERTS = 2
 _MAX_SHARD_BYTES = 2**62  # one block a file, however large
@@ -225,4 +227,5 @@ def _config_json(source: Checkpoint, reduction: Reduction) -> dict[str, Any]:
         "num_nextn_predict_layers": reduction.mtp_blocks,
         "n_routed_experts": reduction.experts,
         "vocab_size": reduction.vocabulary,
+        "index_topk": min(source.config.index_topk, MAX_INDEX_TOPK),
     }
