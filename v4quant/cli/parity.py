@@ -188,6 +188,8 @@ def _require_report_folder(report: Path, checkpoints: list[Path], overwrite: boo
 
 def print_result(output: Output, result: dict[str, Any]) -> None:
     """The verdict and what decides it, for people."""
+    from v4quant.parity.sentences import FIGURE_NAMES
+
     logits, floor, mtp = result["logits"], result["noise_floor"], result["mtp_logits"]
     output.line(f"{result['verdict'].upper()}: {result['in_words']}")
     output.line(f"  {'':14}{'found':>10}  {'noise':>10}   (limit: {floor['margin']:g} x noise)")
@@ -205,8 +207,9 @@ def print_result(output: Output, result: dict[str, Any]) -> None:
     )
     for departure in result["departures"][:_SHOWN_DEPARTURES]:
         output.line(
-            f"  beyond its limit: {departure['figure']} of {departure['where']}: {departure['found']:.3g}, "
-            f"limit {departure['limit']:.3g}"
+            f"  beyond its limit, {departure['where']}: "
+            f"{FIGURE_NAMES.get(departure['figure'], departure['figure'])} {departure['found']:.3g}, limit "
+            f"{departure['limit']:.3g}"
         )
     if len(result["departures"]) > _SHOWN_DEPARTURES:
         output.line(f"  ... and {len(result['departures']) - _SHOWN_DEPARTURES:,} more (all of them: --json)")

@@ -76,8 +76,9 @@ def token_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Relative error of each token's streams [T, S, d]: float64 [T]; finite even for a token that should be 0."""
     wanted = expected.flatten(1).float()
     error = (found.flatten(1).float() - wanted).norm(dim=1).double()
-    norm: torch.Tensor = wanted.norm(dim=1).double().clamp(min=_TINY)
-    return error / norm
+    norm = wanted.norm(dim=1).double().clamp(min=_TINY)
+    relative: torch.Tensor = error / norm
+    return relative
 
 
 def compare_streams(found: torch.Tensor, expected: torch.Tensor, errors: torch.Tensor) -> StreamFigures:

@@ -5,6 +5,23 @@ from v4quant.parity.attribution import Blame
 from v4quant.parity.compare import Comparison, Task
 from v4quant.parity.verdict import MARGIN, MTP_MISSING, NOT_EXECUTED, Departure, Verdict
 
+# Figures as people read them.
+FIGURE_NAMES = {
+    "isolated_rel_err": "relative error, isolated",
+    "isolated_median_rel_err": "relative error of the median token, isolated",
+    "isolated_worst_expert_rel_err": "relative error of the worst expert's median token, isolated",
+    "accumulated_rel_err": "relative error, accumulated",
+    "1 - expert_agreement": "experts picked by one only",
+    "swapped_mass": "routing weight on experts picked by one only",
+    "1 - indexer_overlap": "indexer picks of one only",
+    "kl_mean": "KL divergence, mean",
+    "kl_p99": "KL divergence, 99 %",
+    "kl_reverse_mean": "reversed KL divergence, mean",
+    "1 - top1": "another first choice",
+    "1 - top5_overlap": "of the five best not in common",
+    "mtp_blocks": "MTP block missing",
+}
+
 
 def in_words(task: Task, comparison: Comparison, who: Blame | None) -> str:
     """A few sentences for people: the verdict, what decides it, and what it does not say."""
@@ -33,7 +50,7 @@ def in_words(task: Task, comparison: Comparison, who: Blame | None) -> str:
 
 def _different(comparison: Comparison, who: Blame | None, tokens: str) -> str:
     worst = comparison.judgement.departures[0]
-    text = f"The candidate does not compute what the reference computes, on {tokens}: {describe(worst)}."
+    text = f"The candidate does not compute what the reference computes, on {tokens}. {describe(worst).capitalize()}."
     if comparison.outcome.mtp_missing:
         return f"{text} The reference has an MTP block, the candidate has none."
     if who is None or (who.layer is None and who.module is None):
@@ -56,6 +73,6 @@ def describe(departure: Departure) -> str:
             f"{departure.where} did not run as its config says, {departure.found:.3g} of it amiss: {departure.figure}"
         )
     return (
-        f"{departure.figure} of {departure.where} is {departure.found:.3g}, {departure.times:.1f} times its limit of "
-        f"{departure.limit:.3g}"
+        f"{departure.where}: {FIGURE_NAMES.get(departure.figure, departure.figure)} is {departure.found:.3g}, "
+        f"{departure.times:.1f} times its limit of {departure.limit:.3g}"
     )

@@ -5,23 +5,9 @@ from typing import Any
 
 from v4quant.parity.report.figures import NOT_APPLICABLE, factor, number, share
 from v4quant.parity.report.markup import Column, Html, join, section, table, tag
+from v4quant.parity.sentences import FIGURE_NAMES
 from v4quant.words import plural
 
-_NAMES = {
-    "isolated_rel_err": "relative error, isolated",
-    "isolated_median_rel_err": "relative error of the median token, isolated",
-    "isolated_worst_expert_rel_err": "relative error of the worst expert's median token, isolated",
-    "accumulated_rel_err": "relative error, accumulated",
-    "1 - expert_agreement": "experts picked by one only",
-    "swapped_mass": "routing weight on experts picked by one only",
-    "1 - indexer_overlap": "indexer picks of one only",
-    "kl_mean": "KL divergence, mean",
-    "kl_p99": "KL divergence, 99 %",
-    "kl_reverse_mean": "reversed KL divergence, mean",
-    "1 - top1": "another first choice",
-    "1 - top5_overlap": "of the five best not in common",
-    "mtp_blocks": "MTP block missing",
-}
 _KINDS = {"window": "window", "csa": "CSA", "hca": "HCA"}
 
 
@@ -40,7 +26,7 @@ def departures_part(result: Mapping[str, Any]) -> Html:
     rows = [
         (
             of["where"],
-            _NAMES.get(of["figure"], of["figure"]),
+            FIGURE_NAMES.get(of["figure"], of["figure"]),
             number(of["found"]),
             number(of["limit"]),
             f"{factor(of['found'] / of['limit'])} ×" if of["limit"] else NOT_APPLICABLE,

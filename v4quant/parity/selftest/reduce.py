@@ -1,8 +1,8 @@
 """A small sound checkpoint out of a large one: the user's own tensors as stored, few enough to try faults on.
 
 Kept are one layer of each compression ratio, a hash-routed and a score-routed one among them, the first MTP block where
-it can be run, some experts and some vocabulary, and the indexer picks fewer entries; every other dimension stays. So each kept tensor has the bytes of a
-source tensor or of its first rows; only the expert numbers in hash tables are new.
+it can be run, some experts, some vocabulary and some of the indexer's picks; every other dimension stays. So each kept
+tensor has the bytes of a source tensor or of its first rows; only the expert numbers in hash tables are new.
 """
 
 import json

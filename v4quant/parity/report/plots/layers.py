@@ -51,7 +51,9 @@ Layer = Mapping[str, Any]
 def draw_errors(result: Mapping[str, Any]) -> Figure:
     """Relative error by layer, isolated over accumulated, on one log scale; the floor and the limit as bands."""
     layers = result["layers"]
-    scale = LogScale(value for layer in layers for key in _ERRORS for value in (layer[key], layer["limit"][key]))
+    scale = LogScale(
+        value for layer in layers for key in _ERRORS for value in (layer[key], layer["limit"][key], layer["floor"][key])
+    )
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     beyond = {(found["figure"], found["where"]) for found in result["departures"]}
     for axes, (key, title) in zip(figure.subplots(2, 1, sharex=True), _ERRORS.items(), strict=True):
