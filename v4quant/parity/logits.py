@@ -115,6 +115,16 @@ def next_tokens(prompts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([torch.cat([prompt[1:].cpu(), end]) for prompt in prompts])
 
 
+def _best_of(piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The five best logits of a piece [T, some] and where they are; of equal ones the first."""
+    count = min(_TOP, piece.shape[1])
+    values, places = piece.topk(count, 1)
+    # Where more are as good as the last of the five, topk takes any of them.
+    crowded = ((piece >= values[:, -1:]).sum(1) > count).nonzero()[:, 0]
+    places[crowded] = piece[crowded].argsort(dim=1, descending=True, stable=True)[:, :count]
+    return values, places
+
+
 class Tally:
     """What has to be known of one run's logits: normaliser, best tokens, the logit of the token that follows."""
 
@@ -145,10 +155,10 @@ class Tally:
         self._first += piece.shape[1]
 
     def _keep_best(self, piece: torch.Tensor) -> None:
-        best = piece.topk(min(_TOP, piece.shape[1]), 1)
-        values = torch.cat([self._best, best.values], 1)
-        ids = torch.cat([self._ids, best.indices + self._first], 1)
-        # Of equal logits the smaller token comes first, whatever the pieces were.
+        best, places = _best_of(piece)
+        values = torch.cat([self._best, best], 1)
+        ids = torch.cat([self._ids, places + self._first], 1)
+        # Of equal logits the smaller token comes first, whatever the pieces were: sort by token, then by logit.
         order = ids.argsort(dim=1, stable=True)
         values, ids = values.gather(1, order), ids.gather(1, order)
         order = values.argsort(dim=1, descending=True, stable=True)[:, :_TOP]
