@@ -40,7 +40,7 @@ def plain_figures(found: torch.Tensor, expected: torch.Tensor) -> StreamFigures:
     ours, theirs = found.flatten(1).double().tolist(), expected.flatten(1).double().tolist()
     apart = [[a - b for a, b in zip(one, other, strict=True)] for one, other in zip(ours, theirs, strict=True)]
     errors = [norm(far) / norm(wanted) if any(far) else 0.0 for far, wanted in zip(apart, theirs, strict=True)]
-    every = [sum(rows, []) for rows in (ours, theirs, apart)]  # noqa: RUF017, a few rows
+    every = [[number for row in rows for number in row] for rows in (ours, theirs, apart)]
     product = math.fsum(a * b for a, b in zip(every[0], every[1], strict=True))
     worst = max(range(len(errors)), key=lambda token: errors[token])
     return StreamFigures(
@@ -135,6 +135,16 @@ def test_a_token_that_should_be_zero() -> None:
 def test_everything_should_be_zero() -> None:
     figures = figures_of(streams(6), torch.zeros_like(streams(6)))
     assert (figures.rel_err, figures.cosine) == (math.inf, 0.0)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_none(number: float) -> None:
+    """An infinite error of their token, and of all; the median is of the others."""
+    found = streams(13)
+    found[4, 2, 1] = number
+    figures = figures_of(found, streams(13))
+    assert (figures.rel_err, figures.max_abs, figures.cosine) == (math.inf, math.inf, 0.0)
+    assert (figures.worst_token, figures.worst_token_rel_err, figures.median_rel_err) == (4, math.inf, 0.0)
 
 
 def test_streams_turned_round() -> None:

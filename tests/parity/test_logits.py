@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.model.references import named, streamed
+from v4quant.errors import CheckFailedError
 from v4quant.model.head import Head
 from v4quant.model.reordered import Reordered
 from v4quant.parity.logits import NO_TARGET, Collapsed, LogitFigures, Tally, compare_logits, logit_pieces, next_tokens
@@ -153,6 +155,20 @@ def test_of_equal_logits_the_smaller_token_is_better(width: int) -> None:
     assert tally.best.tolist() == [[0, 1, 2, 3, 4], [90, 91, 92, 93, 94], [70, 0, 1, 2, 3]]
 
 
+@every_width
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers(number: float, width: int) -> None:
+    """An infinite divergence; of a reference, a reason to compare nothing."""
+    expected = random_logits(15)
+    found = expected.clone()
+    found[2, 50] = number
+    figures = compared(found, expected, width)
+    assert figures.kl.mean == figures.kl_reverse.mean == figures.kl.max == torch.inf
+    assert figures.kl_by_token == [torch.inf if token == 2 else 0.0 for token in range(9)]
+    with pytest.raises(CheckFailedError, match="the reference's logits of 1 of 9 tokens are NaN or infinite"):
+        compared(expected, found, width)
+
+
 def test_one_bit_is_seen() -> None:
     """The sign of a zero changes no figure but this one."""
     expected = random_logits(5)
@@ -234,7 +250,12 @@ def test_runs_that_bring_the_same_numbers_share_their_logits(monkeypatch: pytest
     """Two checkpoints with one vocabulary matrix: one product for both, and none shared where sums are reordered."""
     products: list[torch.Tensor] = []
     product = Head.product
-    monkeypatch.setattr(Head, "product", lambda *args: (products.append(args[1]), product(*args))[1])
+
+    def seen(head: Head, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        products.append(x)
+        return product(head, x, *args)
+
+    monkeypatch.setattr(Head, "product", seen)
     with torch.inference_mode(), streamed(FLASH.folder) as model, streamed(FLASH.folder) as twin:
         streams = model.embed(FLASH.ids[:3])
         head, reordered = model.head(), Reordered(model.config)

@@ -74,17 +74,21 @@ def compare_block(found: BlockResult, expected: BlockResult) -> BlockFigures:
 
 
 def token_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Relative error of each token's streams [T, S, d]: float64 [T]; of a token that should be 0, 0 or infinity."""
+    """Relative error of each token's streams [T, S, d]: float64 [T]; of a token that should be 0, 0 or infinity.
+
+    NaN and infinity in what was found are an infinite error, so that they count for what they are in any comparison.
+    """
     parts = []
     for one, other in _pieces(found, expected):
         error = (one - other).norm(dim=1)
         parts.append(torch.where(error == 0, 0.0, error / other.norm(dim=1)))
-    return torch.cat(parts)
+    errors = torch.cat(parts)
+    return torch.where(errors.isnan(), math.inf, errors)
 
 
 def _pieces(found: torch.Tensor, expected: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Both streams some tokens at a time, float64 [t, S d]: float32 sums of millions drift, by a percent in a Pro."""
-    for one, other in zip(found.split(_TOKENS), expected.split(_TOKENS), strict=True):
+    for one, other in zip(torch.split(found, _TOKENS), torch.split(expected, _TOKENS), strict=True):
         yield one.flatten(1).double(), other.flatten(1).double()
 
 
@@ -99,6 +103,8 @@ def compare_streams(found: torch.Tensor, expected: torch.Tensor, errors: torch.T
         own, wanted, product = own + float(one @ one), wanted + float(other @ other), product + float(one @ other)
         difference = one.sub_(other)
         apart, largest = apart + float(difference @ difference), max(largest, float(difference.abs_().max()))
+    if not math.isfinite(apart):
+        own, product, apart, largest = 0.0, 0.0, math.inf, math.inf
     norms = math.sqrt(own) * math.sqrt(wanted)
     worst = int(errors.argmax())
     return StreamFigures(

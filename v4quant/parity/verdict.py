@@ -51,7 +51,7 @@ class Departure:
     @property
     def times(self) -> float:
         """Found over limit."""
-        return self.found / self.limit if self.limit else math.inf
+        return math.inf if not self.limit or math.isnan(self.found) else self.found / self.limit
 
 
 @dataclass
@@ -118,6 +118,11 @@ def logit_figures(figures: LogitFigures) -> dict[str, float]:
     }
 
 
+def _beyond(value: float, limit: float) -> bool:
+    """True above the limit, and for NaN, which is within none."""
+    return not value <= limit
+
+
 def judge(outcome: Outcome) -> Judgement:
     """Apply the rules."""
     limits = block_limits(blocks_of(outcome), outcome.tokens)
@@ -126,16 +131,16 @@ def judge(outcome: Outcome) -> Judgement:
         for block in blocks_of(outcome)
         if block.isolated is not None
         for figure, value in block_figures(block.isolated).items()
-        if value > limits[figure]
+        if _beyond(value, limits[figure])
     ]
-    if outcome.embedding.rel_err > limits["isolated_rel_err"]:
+    if _beyond(outcome.embedding.rel_err, limits["isolated_rel_err"]):
         found = outcome.embedding.rel_err
         departures.append(Departure("isolated_rel_err", "embedding", found, limits["isolated_rel_err"]))
     last = outcome.layers[-1]
     limits["accumulated_rel_err"] = MARGIN * max(
         BF16_STEP, *(accumulated.streams.rel_err for _, accumulated in last.noise.values())
     )
-    if last.accumulated is not None and last.accumulated.streams.rel_err > limits["accumulated_rel_err"]:
+    if last.accumulated is not None and _beyond(last.accumulated.streams.rel_err, limits["accumulated_rel_err"]):
         found = last.accumulated.streams.rel_err
         departures.append(Departure("accumulated_rel_err", last.name, found, limits["accumulated_rel_err"]))
     for name, logits in _heads(outcome):
@@ -144,7 +149,7 @@ def judge(outcome: Outcome) -> Judgement:
         departures += [
             Departure(figure, name, value, own[figure])
             for figure, value in logit_figures(logits.found).items()
-            if value > own[figure]
+            if _beyond(value, own[figure])
         ]
     missing = list(_missing(outcome))
     departures = missing + sorted(departures, key=lambda departure: -departure.times)
