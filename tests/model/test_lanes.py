@@ -44,7 +44,7 @@ def lanes_of(model: StreamedModel, block: Block, reference: Reference) -> list[L
     count = TOKENS[model.reader.arithmetic.products]
     ids, other = reference.ids[:count], reference.ids.flip(0)[: count // 2]
     whole, pieces = model.schedule([ids]), model.schedule([ids], [count // 2, 1, count])
-    two = model.schedule([other[:5], other[5:]], [9, 3])
+    two = model.schedule([other[:3], other[3:]], [9, 3])
     streams, noisy = model.embed(ids), model.embed(ids)
     noisy += torch.randn(noisy.shape, generator=torch.Generator().manual_seed(3)).to(noisy.dtype)
     reordered, counted = (block.with_operations(ops) for ops in (Reordered(model.config), Counted(model.config)))
