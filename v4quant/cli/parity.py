@@ -47,7 +47,12 @@ def parity(
     ] = None,
     index_topk: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Let both sides pick N entries, so that short prompts have to choose.", min=1),
+        typer.Option(
+            metavar="N",
+            help="Let both sides pick N entries, so that short prompts have to choose.",
+            min=1,
+            max=2048,  # what the kernels pick
+        ),
     ] = None,
     arithmetic: Annotated[
         str, typer.Option(help="release: activations rounded as in the release. stored: as each format would be run.")
