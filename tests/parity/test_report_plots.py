@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tests.parity.results import MARGIN, make_result
+from tests.parity.results import make_result
 from v4quant.parity.report import figures
 from v4quant.parity.report.plots.canvas import BAD, BLUE, LogScale, drawable, percentage, to_svg
 from v4quant.parity.report.plots.layers import draw_disagreement, draw_errors
@@ -86,7 +86,7 @@ def test_the_floor_and_the_limit_are_bands() -> None:
     for at, layer in enumerate(result["layers"]):
         if layer["floor"]["isolated_rel_err"]:
             assert floor[at] == pytest.approx(math.log10(layer["floor"]["isolated_rel_err"]))
-            assert limit[at] - floor[at] == pytest.approx(math.log10(MARGIN))
+        assert limit[at] == pytest.approx(math.log10(layer["limit"]["isolated_rel_err"]))
 
 
 def test_a_departing_layer_is_ringed_where_it_departs_and_lined_everywhere() -> None:

@@ -1,6 +1,7 @@
 """What a command says: results on stdout (text, or exactly one JSON object), everything else on stderr."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -28,8 +29,17 @@ class Output:
     def result(self, values: Mapping[str, Any]) -> None:
         """Print the command's JSON object, under --json."""
         if self.json_mode:
-            print(json.dumps(values, indent=2))
+            print(json.dumps(_json(values), indent=2, allow_nan=False))
 
     def note(self, text: str) -> None:
         """Print a remark or the next command to run, on stderr."""
         print(escaped(text), file=sys.stderr)
+
+
+def _json(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _json(own) for key, own in value.items()}
+    return [_json(own) for own in value] if isinstance(value, list | tuple) else value

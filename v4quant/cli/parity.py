@@ -47,7 +47,12 @@ def parity(
     ] = None,
     index_topk: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Let both sides pick N entries, so that short prompts have to choose.", min=1),
+        typer.Option(
+            metavar="N",
+            help="Let both sides pick N entries, so that short prompts have to choose.",
+            min=1,
+            max=2048,  # what the kernels pick
+        ),
     ] = None,
     arithmetic: Annotated[
         str, typer.Option(help="release: activations rounded as in the release. stored: as each format would be run.")
@@ -89,7 +94,10 @@ def parity(
     if report is not None:
         from v4quant.parity.report import write_report
 
-        result["report"] = str(write_report(result, report))
+        try:
+            result["report"] = str(write_report(result, report))
+        except ValueError:
+            output.note(f"{report}: no report is written, as the candidate computes NaN or infinity")
     output.result(result)
     print_result(output, result)
     _fail_on(result)

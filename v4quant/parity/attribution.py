@@ -16,7 +16,7 @@ from v4quant.model.streaming import Lane, Schedule, StreamedModel, run_lanes
 from v4quant.model.weights import BlockWeights
 from v4quant.names import block_prefix
 from v4quant.parity.evidence import config_differences
-from v4quant.parity.figures import token_errors
+from v4quant.parity.figures import compare_streams, token_errors
 from v4quant.parity.lockstep import BlockOutcome, Outcome
 from v4quant.parity.verdict import KL_MEAN, Judgement, block_figures, block_limits, resolution_of
 
@@ -179,7 +179,7 @@ def attribute(
     expected, exchanged = (result.streams for result in run_lanes([Lane(block, streams, schedule) for block in theirs]))
     error = _relative(found[0], expected)
     left = dict(zip([*names, EXPERTS], [_relative(one, expected) for one in [*found[1:], exchanged]], strict=True))
-    exchanges = [Exchange(module, rest, (1 - rest / error) if error else 0.0) for module, rest in left.items()]
+    exchanges = [Exchange(module, rest, _explained(error, rest)) for module, rest in left.items()]
     exchanges.sort(key=lambda exchange: exchange.error)
     prefix = block_prefix(kind, index)
     tensors = value_differences(candidate.reader.weights.checkpoint, reference.reader.weights.checkpoint, prefix)
@@ -210,6 +210,9 @@ def _tensors(weights: object, prefix: str = "") -> Mapping[str, torch.Tensor]:
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    difference = found.float() - expected.float()
-    norm = float(expected.float().norm())
-    return float(difference.norm()) / norm if norm else float(token_errors(found, expected).max())
+    return compare_streams(found, expected, token_errors(found, expected)).rel_err
+
+
+def _explained(error: float, left: float) -> float:
+    """Share of an error that went away; of an infinite one all, if what is left is finite."""
+    return 0.0 if error in (0, left) else 1 - left / error

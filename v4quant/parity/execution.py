@@ -74,6 +74,25 @@ def require_executed(executed: Sequence[Executed], where: str) -> None:
         )
 
 
+def require_finite(streams: torch.Tensor, where: str) -> None:
+    """Refuse to compare with a reference that computes no numbers.
+
+    Args:
+        streams: activations [T, S, d] after a block.
+        where: name of the block, for the message.
+
+    Raises:
+        CheckFailedError: if any is NaN or infinite.
+    """
+    wrong = int((~streams.isfinite()).flatten(1).any(1).sum())
+    if wrong:
+        raise CheckFailedError(
+            f"{where}: what the reference makes of {wrong:,} of {len(streams):,} tokens is NaN or infinite: nothing "
+            "can be compared with it",
+            hint="Look at the weights of this block of the reference.",
+        )
+
+
 def _expected(config: V4Config, ratio: int, schedule: Schedule) -> dict[str, int]:
     positions = torch.cat([chunk.positions for chunk in schedule.chunks]).long()
     tokens = len(positions)

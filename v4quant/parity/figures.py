@@ -3,6 +3,8 @@
 T tokens, S streams of d, k experts a token, K picked entries. "Expected" is the reference's, "found" the other run's.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,6 @@ from v4quant.model.streaming import BlockResult
 
 # An expert speaks for itself from this many tokens on: the median of fewer is one odd token's.
 _MIN_EXPERT_TOKENS = 8
-_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -73,32 +74,55 @@ def compare_block(found: BlockResult, expected: BlockResult) -> BlockFigures:
 
 
 def token_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Relative error of each token's streams [T, S, d]: float64 [T]; finite even for a token that should be 0."""
-    wanted = expected.flatten(1).float()
-    error = (found.flatten(1).float() - wanted).norm(dim=1).double()
-    norm = wanted.norm(dim=1).double().clamp(min=_TINY)
-    relative: torch.Tensor = error / norm
-    return relative
+    """Relative error of each token's streams [T, S, d]: float64 [T]; of a token that should be 0, 0 or infinity.
+
+    NaN and infinity in what was found are an infinite error, so that they count for what they are in any comparison.
+    """
+    parts = []
+    for one, other in _pieces(found, expected):
+        error = (one - other).norm(dim=1)
+        parts.append(torch.where(error == 0, 0.0, error / other.norm(dim=1)))
+    errors = torch.cat(parts)
+    return torch.where(errors.isnan(), math.inf, errors)
+
+
+def _pieces(found: torch.Tensor, expected: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both streams some tokens at a time, float64 [t, S d]: float32 sums of millions drift, by a percent in a Pro."""
+    for one, other in zip(torch.split(found, _TOKENS), torch.split(expected, _TOKENS), strict=True):
+        yield one.flatten(1).double(), other.flatten(1).double()
 
 
 def compare_streams(found: torch.Tensor, expected: torch.Tensor, errors: torch.Tensor) -> StreamFigures:
     """Compare streams [T, S, d]; `errors` are their token_errors."""
-    one, other = found.flatten().float(), expected.flatten().float()
-    difference = one - other
-    norms = float(one.norm()) * float(other.norm())
     equal = (found.view(torch.int16) == expected.view(torch.int16)).flatten(1).all(1)
     if bool(equal.all()):
         return StreamFigures(0.0, 0.0, 0.0, 1.0, 1.0, 0, 0.0)
+    own = wanted = apart = product = largest = 0.0
+    for one, other in _pieces(found, expected):
+        one, other = one.flatten(), other.flatten()
+        own, wanted, product = own + float(one @ one), wanted + float(other @ other), product + float(one @ other)
+        difference = one.sub_(other)
+        apart, largest = apart + float(difference @ difference), max(largest, float(difference.abs_().max()))
+    if not math.isfinite(apart):
+        own, product, apart, largest = 0.0, 0.0, math.inf, math.inf
+    norms = math.sqrt(own) * math.sqrt(wanted)
     worst = int(errors.argmax())
     return StreamFigures(
-        rel_err=float(difference.norm()) / max(float(other.norm()), _TINY),
+        rel_err=_ratio(math.sqrt(apart), math.sqrt(wanted)),
         median_rel_err=float(errors.median()),
-        max_abs=float(difference.abs().max()),
-        cosine=float(one.double() @ other.double()) / norms if norms else 0.0,
+        max_abs=largest,
+        cosine=product / norms if norms else 0.0,
         bit_equal=float(equal.double().mean()),
         worst_token=worst,
         worst_token_rel_err=float(errors[worst]),
     )
+
+
+def _ratio(error: float, norm: float) -> float:
+    """Error over norm; of what should be 0, 0 or infinity."""
+    if error == 0:
+        return 0.0
+    return error / norm if norm else math.inf
 
 
 def compare_routing(found: BlockResult, expected: BlockResult, errors: torch.Tensor) -> RoutingFigures:
@@ -132,5 +156,7 @@ def indexer_overlap(found: torch.Tensor | None, expected: torch.Tensor | None) -
     return hits / count
 
 
+# Tokens of streams compared at a time: 7 MB of float64 in a Pro.
+_TOKENS = 32
 # Rows of picks compared at a time: 64 MB of comparisons at 1,024 picks.
 _ROWS = 64

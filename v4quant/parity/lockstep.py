@@ -146,7 +146,7 @@ class Lockstep:
 
         Raises:
             CheckpointError: if weights are missing or damaged.
-            CheckFailedError: if a part of the reference did not run, or NaN or infinity comes out.
+            CheckFailedError: if a part of the reference did not run, or computes no numbers.
         """
         runs = Runs(self._model, self.chunking, with_noise=not self._reference.has_noise)
         before = self._reference.begin(self.chunking, runs.plain.streams)
@@ -189,7 +189,7 @@ class Lockstep:
         self, name: str, runs: Runs, block: Block, expected: Expected, before: torch.Tensor, mark: _Mark
     ) -> BlockOutcome:
         """Take the candidate through a block and compare with what was expected; `mark` is when the block began."""
-        answers = runs.take(name, block, before)
+        answers = runs.take(block, before)
         counts = runs.counted.take()
         executed = executed_by(counts, self._model.config, block.ratio, runs.plain.schedule)
         isolated = accumulated = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from v4quant.errors import CheckFailedError
 from v4quant.model.head import Head
 from v4quant.model.operations import Operations
 from v4quant.model.reordered import Reordered
@@ -115,6 +116,16 @@ def next_tokens(prompts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([torch.cat([prompt[1:].cpu(), end]) for prompt in prompts])
 
 
+def _best_of(piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The five best logits of a piece [T, some] and where they are; of equal ones the first."""
+    count = min(_TOP, piece.shape[1])
+    values, places = piece.topk(count, 1)
+    # Where more are as good as the last of the five, topk takes any of them.
+    crowded = ((piece >= values[:, -1:]).sum(1) > count).nonzero()[:, 0]
+    places[crowded] = piece[crowded].argsort(dim=1, descending=True, stable=True)[:, :count]
+    return values, places
+
+
 class Tally:
     """What has to be known of one run's logits: normaliser, best tokens, the logit of the token that follows."""
 
@@ -145,10 +156,10 @@ class Tally:
         self._first += piece.shape[1]
 
     def _keep_best(self, piece: torch.Tensor) -> None:
-        best = piece.topk(min(_TOP, piece.shape[1]), 1)
-        values = torch.cat([self._best, best.values], 1)
-        ids = torch.cat([self._ids, best.indices + self._first], 1)
-        # Of equal logits the smaller token comes first, whatever the pieces were.
+        best, places = _best_of(piece)
+        values = torch.cat([self._best, best], 1)
+        ids = torch.cat([self._ids, places + self._first], 1)
+        # Of equal logits the smaller token comes first, whatever the pieces were: sort by token, then by logit.
         order = ids.argsort(dim=1, stable=True)
         values, ids = values.gather(1, order), ids.gather(1, order)
         order = values.argsort(dim=1, descending=True, stable=True)[:, :_TOP]
@@ -194,15 +205,17 @@ class Pair:
         self._forward = self._forward * self._expected.decay + ahead
         self._reverse = self._reverse * self._found.decay + behind
 
+    def _divergence(self, kl: torch.Tensor) -> torch.Tensor:
+        """KL is never negative, what is left below zero is rounding; and infinite where logits are no numbers."""
+        kl = torch.where(kl.isnan(), torch.inf, kl).clamp(min=0.0)
+        return torch.where(self._equal, 0.0, kl)
+
     def figures(self) -> LogitFigures:
         """What came of it."""
         found, expected = self._found, self._expected
         shift = expected.log_total - found.log_total
-        # KL is never negative; what is left below zero is rounding.
-        kl = (self._forward / expected.total - shift).clamp(min=0.0)
-        kl_reverse = (self._reverse / found.total + shift).clamp(min=0.0)
-        kl[self._equal] = 0.0
-        kl_reverse[self._equal] = 0.0
+        kl = self._divergence(self._forward / expected.total - shift)
+        kl_reverse = self._divergence(self._reverse / found.total + shift)
         common = (found.best[:, :, None] == expected.best[:, None]).any(2)
         return LogitFigures(
             tokens=len(kl),
@@ -226,6 +239,9 @@ def compare_logits(
         pieces: float32 [T, some] of every run, in the order of the vocabulary.
         pairs: which runs to compare: found, expected.
         targets: int64 [T], the token that follows each, NO_TARGET for none.
+
+    Raises:
+        CheckFailedError: if logits that the first pair expects are NaN or infinite.
     """
     tallies: list[Tally] = []
     compared: list[Pair] = []
@@ -238,4 +254,15 @@ def compare_logits(
             tally.add(own)
         for pair, (found, expected) in zip(compared, pairs, strict=True):
             pair.add(logits[found], logits[expected])
+    _require_finite(tallies[pairs[0][1]])
     return [pair.figures() for pair in compared]
+
+
+def _require_finite(reference: Tally) -> None:
+    wrong = int((~reference.log_total.isfinite()).sum())
+    if wrong:
+        raise CheckFailedError(
+            f"the reference's logits of {wrong:,} of {len(reference.log_total):,} tokens are NaN or infinite: nothing "
+            "can be compared with them",
+            hint="Look at the weights of its head.",
+        )

@@ -25,7 +25,7 @@ _BEHIND_THE_CUT = 256
 _SHORT = 48
 _SEED = 4
 _REPEATED = 16
-_MAX_JSONL_BYTES = 2**28
+_MAX_TEXT_BYTES = 2**28
 _TOKENIZER = "tokenizer.json"
 
 
@@ -64,9 +64,9 @@ class Prompts:
 
     @property
     def other_sizes(self) -> tuple[int, int, int]:
-        """Other chunks of the same tokens: three uneven pieces, none of them ending with a window or an entry."""
+        """Other chunks of the same tokens: three uneven pieces, seams at odd places, within windows and entries."""
         longest = max(len(prompt) for prompt in self.ids)
-        first, second = max(1, longest * 37 // 100 | 1), max(1, longest * 29 // 100 | 1)
+        first, second = longest * 37 // 100 | 1, max(2, longest * 29 // 100 & ~1)
         return first, second, longest
 
     @property
@@ -136,10 +136,8 @@ def read_prompts(path: Path, config: V4Config, prefill: int | None) -> Prompts:
 def _jsonl(path: Path) -> list[torch.Tensor]:
     if not path.is_file():
         raise UsageError(f"{path}: no such file, expected token ids, one JSON list a line", hint="Check the path.")
-    if path.stat().st_size > _MAX_JSONL_BYTES:
-        raise UsageError(f"{path}: has {path.stat().st_size:,} bytes, expected at most {_MAX_JSONL_BYTES:,}")
     prompts = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):  # splitlines would cut strings too
         if not line.strip():
             continue
         try:
@@ -183,12 +181,20 @@ def text_prompts(path: Path, files: Files, config: V4Config, length: int | None,
         tokenizer = Tokenizer.from_str(files.read(_TOKENIZER).decode())
     except Exception as error:  # the package raises bare Exception
         raise CheckpointError(f"{files.where}/{_TOKENIZER}: cannot be read: {error}") from error
-    ids = tokenizer.encode(_text(path)).ids[:length]
+    content = _text(path)
+    try:
+        ids = tokenizer.encode(content).ids[:length]
+    except Exception as error:
+        raise CheckpointError(f"{files.where}/{_TOKENIZER}: cannot encode {path}: {error}") from error
     return Prompts.of([torch.tensor(ids, dtype=torch.int64)], prefill, config, str(path))
 
 
 def _text(path: Path) -> str:
+    """A file of text without its byte order mark; ends of lines as \\n."""
     try:
-        return path.read_text(encoding="utf-8")
+        size = path.stat().st_size
+        if size > _MAX_TEXT_BYTES:
+            raise UsageError(f"{path}: has {size:,} bytes, expected at most {_MAX_TEXT_BYTES:,}")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from None

@@ -9,7 +9,7 @@ import torch
 from v4quant.model.block import Block
 from v4quant.model.mtp import runnable_mtp_blocks
 from v4quant.model.streaming import BlockResult, StreamedModel
-from v4quant.parity.execution import executed_by, require_executed
+from v4quant.parity.execution import executed_by, require_executed, require_finite
 from v4quant.parity.logits import Collapsed, logit_pieces
 from v4quant.parity.runs import Chunking, Noise, Runs
 from v4quant.parity.stored import StoredOutputs
@@ -115,9 +115,10 @@ class Alongside:
 
     def _run(self, block: Block, name: str) -> Expected:
         runs = self._going
-        answers = runs.take(name, block, runs.plain.streams)
+        answers = runs.take(block, runs.plain.streams)
         counts = runs.counted.take()
         require_executed(executed_by(counts, self._model.config, block.ratio, runs.plain.schedule), name)
+        require_finite(answers.own.streams, name)
         return Expected(answers.own, answers.noise)
 
     def collapsed(self, mtp: int | None) -> list[Collapsed]:

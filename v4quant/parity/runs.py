@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from v4quant.errors import CheckFailedError
 from v4quant.model.block import Block
 from v4quant.model.counted import Counted
 from v4quant.model.mtp import MtpInput
@@ -84,15 +83,11 @@ class Runs:
     def _every(self) -> list[Run]:
         return [self.plain, *self.variants.values()]
 
-    def take(self, name: str, block: Block, isolated_input: torch.Tensor) -> Answers:
+    def take(self, block: Block, isolated_input: torch.Tensor) -> Answers:
         """Take every run through a block.
 
         Args:
-            name: of the block, for messages.
             isolated_input: the reference's streams before this block, [T, S, d].
-
-        Raises:
-            CheckFailedError: if NaN or infinity comes out.
         """
         every = self._every
         own_lanes = [Lane(block.with_operations(run.ops), run.streams, run.schedule) for run in every]
@@ -105,7 +100,6 @@ class Runs:
         results = run_lanes([*own_lanes, *lanes])
         own, others = results[: len(every)], iter(results[len(every) :])
         isolated = [next(others) if run in apart else result for run, result in zip(every, own, strict=True)]
-        _require_finite(f"{self._model.reader.weights.checkpoint.where}: {name}", own, isolated)
         noise: Noise = {}
         for place, variant in enumerate(self.variants, start=1):
             figures = compare_block(isolated[place], isolated[0])
@@ -141,18 +135,3 @@ class Runs:
         head = self._model.head(mtp)
         runs = [Collapsed.of(head, run.streams, run.ops) for run in self._every]
         return runs + [Collapsed.of(head, streams, self.plain.ops) for streams in more]
-
-
-def _require_finite(where: str, *results: list[BlockResult]) -> None:
-    """Refuse to compare what is no number.
-
-    Raises:
-        CheckFailedError: if a run gave NaN or infinity.
-    """
-    for result in (result for every in results for result in every):
-        if not bool(result.streams.isfinite().all()):
-            token = int((~result.streams.isfinite()).flatten(1).any(1).nonzero()[0])
-            raise CheckFailedError(
-                f"{where}, token {token}: the output holds NaN or infinity, expected numbers",
-                hint="The weights are damaged; compare them with: v4quant verify CANDIDATE --against REFERENCE",
-            )

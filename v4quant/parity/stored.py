@@ -37,7 +37,8 @@ class StoredOutputs:
         self.path = path
         self._file = TensorFile(path)
         self.metadata = self._file.metadata
-        self.input_ids = self._file.read("input_ids", (torch.int64, torch.int32)).long()
+        self._experts = config.n_routed_experts
+        self.input_ids = self._ids()
         self.prefill = self._prefill()
         task = Task(self.input_ids, self.prefill, 0, config.num_hidden_layers - 1, None)
         expected = output_tensors(task, config)
@@ -58,6 +59,14 @@ class StoredOutputs:
                     hint="Compare with outputs of a model of the same shape.",
                 )
 
+    def _ids(self) -> torch.Tensor:
+        ids = self._file.read("input_ids", (torch.int64, torch.int32)).long()
+        if ids.dim() != 1:
+            raise UsageError(f"{self.path}: input_ids has shape {list(ids.shape)}, expected one row of token ids")
+        if not len(ids):
+            raise CheckpointError(f"{self.path}: input_ids is empty, expected the tokens of the outputs")
+        return ids
+
     def _prefill(self) -> int:
         text = self.metadata.get("prefill", str(len(self.input_ids)))
         if not (text.isdecimal() and len(text) < 10 and 1 <= int(text) <= len(self.input_ids)):
@@ -74,11 +83,25 @@ class StoredOutputs:
         weights = self._file.read(f"{name}.router_weights", (torch.float32,))
         if not (bool(streams.isfinite().all()) and bool(weights.isfinite().all())):
             raise CheckpointError(f"{self.path}: {name} holds NaN or infinity", hint="Compute it again.")
+        self._require_within(
+            f"{name}.router_indices", indices, indices >= 0, self._experts, f"0 to {self._experts - 1}"
+        )
         topk = None
         if f"{name}.indexer_topk" in self._file.tensors:
             stored = self._file.read(f"{name}.indexer_topk", (torch.int32,))
-            topk = torch.where(stored >= 0, stored - self.prefill, -1)  # entry j stands as j + P
+            first, stop = self.prefill, self.prefill + self.prefill // 4  # entry j stands as j + P
+            sound = (stored >= first) | (stored == -1)
+            self._require_within(f"{name}.indexer_topk", stored, sound, stop, f"-1 or {first} to {stop - 1}")
+            topk = torch.where(stored >= 0, stored - first, -1)
         return BlockResult(streams, indices, weights, topk)
+
+    def _require_within(self, name: str, found: torch.Tensor, sound: torch.Tensor, stop: int, expected: str) -> None:
+        """Refuse numbers that are not `sound`, or from `stop` on."""
+        wrong = found[~sound | (found >= stop)]
+        if len(wrong):
+            raise CheckpointError(
+                f"{self.path}: {name} holds {int(wrong[0])}, expected {expected}", hint="Compute it again."
+            )
 
     def columns(self, name: str, first: int, last: int) -> torch.Tensor:
         """Columns of `logits` or `mtp_logits`: float32 [T, last - first]."""

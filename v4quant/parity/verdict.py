@@ -55,7 +55,7 @@ class Departure:
     @property
     def times(self) -> float:
         """Found over limit."""
-        return self.found / self.limit if self.limit else math.inf
+        return math.inf if not self.limit or math.isnan(self.found) else self.found / self.limit
 
 
 @dataclass
@@ -120,6 +120,11 @@ def logit_figures(figures: LogitFigures) -> dict[str, float]:
     }
 
 
+def _beyond(value: float, limit: float) -> bool:
+    """True above the limit, and for NaN, which is within none."""
+    return not value <= limit
+
+
 def judge(outcome: Outcome) -> Judgement:
     """Apply the rules."""
     resolution = resolution_of(outcome.noise_of)
@@ -129,7 +134,7 @@ def judge(outcome: Outcome) -> Judgement:
         for block in blocks_of(outcome)
         if block.isolated is not None
         for figure, value in block_figures(block.isolated).items()
-        if value > limits[figure]
+        if _beyond(value, limits[figure])
     ]
     departures += [
         Departure(f"{NOISE}{name}", block.name, isolated.streams.median_rel_err, NOISE_CAP)
@@ -137,14 +142,14 @@ def judge(outcome: Outcome) -> Judgement:
         for name, (isolated, _) in block.noise.items()
         if isolated.streams.median_rel_err > NOISE_CAP
     ]
-    if outcome.embedding.rel_err > limits["isolated_rel_err"]:
+    if _beyond(outcome.embedding.rel_err, limits["isolated_rel_err"]):
         found = outcome.embedding.rel_err
         departures.append(Departure("isolated_rel_err", "embedding", found, limits["isolated_rel_err"]))
     last = outcome.layers[-1]
     limits["accumulated_rel_err"] = MARGIN * max(
         resolution, *(accumulated.streams.rel_err for _, accumulated in last.noise.values())
     )
-    if last.accumulated is not None and last.accumulated.streams.rel_err > limits["accumulated_rel_err"]:
+    if last.accumulated is not None and _beyond(last.accumulated.streams.rel_err, limits["accumulated_rel_err"]):
         found = last.accumulated.streams.rel_err
         departures.append(Departure("accumulated_rel_err", last.name, found, limits["accumulated_rel_err"]))
     for name, logits in _heads(outcome):
@@ -153,7 +158,7 @@ def judge(outcome: Outcome) -> Judgement:
         departures += [
             Departure(figure, name, value, own[figure])
             for figure, value in logit_figures(logits.found).items()
-            if value > own[figure]
+            if _beyond(value, own[figure])
         ]
     missing = list(_missing(outcome))
     departures = missing + sorted(departures, key=lambda departure: -departure.times)
