@@ -126,21 +126,33 @@ def test_equal_logits_are_exactly_so(seed: int, width: int, scale: float) -> Non
 
 
 @every_width
-def test_pieces_that_are_shared_and_pieces_that_are_not(width: int) -> None:
-    """Runs that share the first half of the vocabulary as one tensor, and differ in the second."""
+@pytest.mark.parametrize("first", [True, False])
+def test_pieces_that_are_shared_and_pieces_that_are_not(first: bool, width: int) -> None:
+    """Runs that share one half of the vocabulary as one tensor, the larger logits, before or behind the other half."""
     expected = random_logits(4, vocabulary=40)
     found = expected.clone()
-    found[:, 20:] += 1
+    shared = slice(0, 20) if first else slice(20, 40)
+    own = slice(20, 40) if first else slice(0, 20)
+    expected[:, shared] += 4
+    found[:, shared] += 4
+    found[:, own] += random_logits(16, vocabulary=20)
 
     def pieces() -> Iterator[list[torch.Tensor]]:
-        shared = expected[:, :20]
-        for one, other in zip(pieces_of([shared], width), pieces_of([shared], width), strict=True):
-            assert one[0] is not other[0]
-            yield [one[0], one[0]]
-        yield from pieces_of([found[:, 20:], expected[:, 20:]], width)
+        same = [[piece[0], piece[0]] for piece in pieces_of([expected[:, shared]], width)]
+        other = list(pieces_of([found[:, own], expected[:, own]], width))
+        yield from [*same, *other] if first else [*other, *same]
 
     figures = compare_logits(pieces(), [(0, 1)], torch.full((9,), NO_TARGET))[0]
     assert_figures(figures, found, expected)
+
+
+def test_a_divergence_is_never_negative() -> None:
+    """Logits one number of float32 apart, where what is computed is rounding alone."""
+    expected = random_logits(17, tokens=500)
+    found = torch.nextafter(expected, torch.tensor(torch.inf))
+    figures = compared(found, expected)
+    assert 0 <= min(figures.kl_by_token) < max(figures.kl_by_token) < 2**-20
+    assert figures.kl_by_token.count(0.0) > 50, "and some of it came out below zero"
 
 
 @pytest.mark.parametrize("width", [1, 3, 8, 10**6])

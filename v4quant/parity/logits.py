@@ -205,10 +205,10 @@ class Pair:
         self._forward = self._forward * self._expected.decay + ahead
         self._reverse = self._reverse * self._found.decay + behind
 
-    def _divergence(self, kl: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _divergence(kl: torch.Tensor) -> torch.Tensor:
         """KL is never negative, what is left below zero is rounding; and infinite where logits are no numbers."""
-        kl = torch.where(kl.isnan(), torch.inf, kl).clamp(min=0.0)
-        return torch.where(self._equal, 0.0, kl)
+        return torch.where(kl.isnan(), torch.inf, kl).clamp(min=0.0)
 
     def figures(self) -> LogitFigures:
         """What came of it."""
