@@ -64,7 +64,10 @@ def open_tp_folder(folder: Path) -> TpFolder:
     _require_ranks(files, record)
     sources = _source_files(files, record)
     kept = {name: file.bytes for name, file in record.files.items()}
-    layout = lay_out_ranks(sources, kept, record.ranks, fp8_experts=record.fp8_experts, run=record.run)
+    try:
+        layout = lay_out_ranks(sources, kept, record.ranks, fp8_experts=record.fp8_experts, run=record.run)
+    except CheckpointError as error:
+        raise CheckpointError(f"{files.where}/{EXTRA_NAME}: kept headers: {error}", hint=_HINT_AGAIN) from error
     for expected in layout.files:
         _require_as_expected(files, expected, record)
     return TpFolder(files, record, layout)
