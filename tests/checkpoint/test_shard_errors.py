@@ -262,7 +262,7 @@ def test_a_flipped_bit_is_found_and_nothing_looks_whole(
     assert not list(out.rglob("*.partial"))
     for path in out.rglob("*.safetensors"):
         assert path.read_bytes() == (source / path.name).read_bytes()
-    with pytest.raises(CheckpointError, match="is an unfinished conversion"):
+    with pytest.raises(CheckpointError, match=r"is an unfinished conversion|no such folder"):
         open_checkpoint(out)
 
 
