@@ -90,7 +90,7 @@ def test_explain_lists_every_number(source: Path, tmp_path: Path, capsys: pytest
     assert main(["shard", str(source), str(tmp_path / "out"), "--explain"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "--tp 8   works" in lines
-    assert "--tp 16  no: layers.0.attn.attn_sink: 8 attention heads do not divide by 16 (and 6 more)" in lines
+    assert "--tp 16  no: layers.0.attn.attn_sink: 8 attention heads do not divide by 16 (and 8 more)" in lines
     assert lines[-1] == "these work: 1, 2, 4, 8"
     assert not (tmp_path / "out").exists()
 
