@@ -172,6 +172,15 @@ def test_blocks_of_zeros_keep_their_scales(fp8_experts: bool, tmp_path: Path) ->
     assert_comes_back(source, tmp_path, 2, fp8_experts=fp8_experts)
 
 
+def test_scales_that_no_quantiser_would_have_chosen(tmp_path: Path) -> None:
+    """Groups whose largest value is far below what their scale allows: their codes follow from the scale alone."""
+    source = write_wide(tmp_path / "source")
+    for name in ("layers.0.ffn.experts.4.w1", "mtp.0.ffn.experts.7.w2"):
+        edit(source, f"{name}.scale", lambda data: data.fill(121))
+        edit(source, f"{name}.weight", lambda data: data.__setitem__((slice(None), slice(16, 32)), 0x91))  # 0.5, -0.5
+    assert_comes_back(source, tmp_path, 2, fp8_experts=True)
+
+
 def test_experts_that_fp8_cannot_hold_are_refused(tmp_path: Path) -> None:
     source = write_wide(tmp_path / "source")
     name = "layers.1.ffn.experts.2.w1"

@@ -94,8 +94,8 @@ def apply_merge(
     try:
         resumed = len(journal.finished)
         _write_weights(plan, out, journal, workers, progress)
+        remove_partial_files(out)
         for name in in_writing_order(plan.source.record.files):
-            remove_partial_files(out)
             write_file(out / name, _kept_file(plan.source, plan.source.record.files[name]))
         journal.remove()
     except KeyboardInterrupt:
