@@ -131,7 +131,7 @@ def test_killed_near_the_end(bench: Bench, tmp_path: Path, capsys: pytest.Captur
 def test_killed_again_and_again(bench: Bench, tmp_path: Path) -> None:
     """Every run gets a little further; in the end there is the same result."""
     out, last, runs = tmp_path / "out", 0, 0
-    for moment in range(80, 3_000, 80):
+    for moment in range(100, bench.moments + 1_000, 100):
         outcome = bench.strike(out, signal.SIGKILL, moment)
         assert_nothing_false_looks_whole(bench, out)
         assert finished(out) >= last or outcome.exit == 0
