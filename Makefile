@@ -23,6 +23,7 @@ check: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/casts.py
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/shard.py
 	$(BIN)/python benchmarks/inspect_.py
 	$(BIN)/python benchmarks/gpu_kernels.py
 

@@ -173,6 +173,13 @@ def other_spelling(name: str) -> str:
     return prefix + table + _OTHER_SPELLINGS.get(local, local)
 
 
+def released_spelling(name: str) -> str:
+    """The name that the release gives a tensor; its own but for the Markov tables of some re-exports."""
+    prefix, table, local = name.partition(".markov_head.")
+    released = {other: own for own, other in _OTHER_SPELLINGS.items()}
+    return prefix + table + released.get(local, local)
+
+
 def block_prefix(block: str, index: int) -> str:
     """What every tensor name of a block begins with: block_prefix("layers", 7) is "layers.7."."""
     return f"{block}.{index}."

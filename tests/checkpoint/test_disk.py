@@ -164,7 +164,7 @@ def test_two_processes_at_once(source: Path, tmp_path: Path, capsys: pytest.Capt
     other = lock_journal(out)
     for more in ([], ["--overwrite"]):
         assert main(["convert", str(source), str(out), "--to", "fp8", *more]) == 5
-        assert "another conversion is writing into this folder" in capsys.readouterr().err
+        assert "another run is writing into this folder" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == [JOURNAL_NAME]
     other.close()
     assert main(["convert", str(source), str(out), "--to", "fp8"]) == 0

@@ -157,7 +157,7 @@ def test_a_changed_source_is_refused_by_name(
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     journal = begun(tmp_path, "a")
-    with pytest.raises(OutputError, match="another conversion is writing"):
+    with pytest.raises(OutputError, match="another run is writing"):
         lock_journal(tmp_path)
     journal.close()
     lock_journal(tmp_path).close()

@@ -256,7 +256,7 @@ def test_other_options_need_overwrite(
     out = shutil.copytree(half, tmp_path / "out")
     before = finished(out)
     assert main([*bench.command(out), *options]) == 5
-    assert "unfinished conversion with other options" in capsys.readouterr().err
+    assert "unfinished run with other options" in capsys.readouterr().err
     assert finished(out) == before
     assert main([*bench.command(out), *options, "--overwrite"]) == 0
     assert main(["convert", str(bench.source), str(tmp_path / "direct"), "--to", "fp8", *options]) == 0

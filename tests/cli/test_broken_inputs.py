@@ -94,6 +94,18 @@ def test_convert(case: Case, folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert fingerprint(folder) == before, "the source is as it was, and nothing else was left"
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.inspect != 0], ids=lambda case: case.name)
+@pytest.mark.parametrize("more", [["--tp", "1"], ["--explain"]], ids=["shard", "explain"])
+def test_shard(more: list[str], case: Case, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What headers and config show is found before anything is written."""
+    capsys.readouterr()
+    assert main(["shard", str(folder), str(tmp_path / "out"), *more, "--json"]) == case.exit_code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert case.names in assert_one_clear_message(printed.err)
+    assert not (tmp_path / "out").exists()
+
+
 IN_THE_SECOND_BAND = [
     Case("a scale of FP4", poke(f"{EXPERT}.scale", 200 * 8 + 5, NAN_BYTE), 3, f"{EXPERT}.scale[200, 5] is"),
     Case("a scale of FP8", poke(f"{EXPERT}.scale", 3 * 4, NAN_F32), 3, f"{EXPERT}.scale[1, 1] is", form="base"),

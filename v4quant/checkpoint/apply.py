@@ -4,9 +4,7 @@ Within a shard, worker threads take one tensor each; while the finished shard is
 already computed. config.json and the index are written last, so an unfinished folder is never taken for a checkpoint.
 """
 
-import contextlib
 import json
-import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,19 +22,11 @@ from v4quant.checkpoint.certificate import (
     worst_first,
 )
 from v4quant.checkpoint.index import INDEX_NAME
-from v4quant.checkpoint.journal import Journal, JournalHeader, lock_journal
+from v4quant.checkpoint.journal import Journal, JournalHeader
 from v4quant.checkpoint.layout import Shard
-from v4quant.checkpoint.output import (
-    PARTIAL_SUFFIX,
-    ShardFile,
-    disk_errors,
-    make_room,
-    require_disk_space,
-    require_free,
-    write_file,
-)
+from v4quant.checkpoint.output import ShardFile, require_disk_space, write_file
 from v4quant.checkpoint.plan import DEFAULT_WORKERS, Operation, Plan
-from v4quant.checkpoint.reader import JOURNAL_NAME
+from v4quant.checkpoint.run_folder import forget, is_there, open_run, remove_partial_files, require_apart
 from v4quant.checkpoint.side_files import write_side_files
 from v4quant.checkpoint.stream import StoppedError, Worker, convert_tensor
 from v4quant.config import CONFIG_NAME
@@ -101,44 +91,26 @@ def apply(
             hint="Run the same command again to continue.",
         ) from None
     finally:
-        _remove_partial_files(out)
+        remove_partial_files(out)
         if journal.finished or any(out.glob("*.safetensors")):
             journal.close()
         else:
-            _forget(journal, out)
+            forget(journal, out)
     return report
 
 
 def _open_journal(plan: Plan, out: Path, *, overwrite: bool, allow_rounding: bool) -> Journal:
     """Make the output folder ready, and begin or continue its journal."""
-    require_apart(plan, out)
+    require_apart(out, plan.folders)
+
+    def resume(journal: Journal) -> None:
+        journal.finished = {s.name for s in plan.shards if s.name in journal.finished and _is_there(out, s)}
+        require_disk_space(out, plan.disk_bytes - sum(s.file_bytes for s in plan.shards if _is_there(out, s)))
+        if not allow_rounding:
+            _require_exact_so_far(plan, journal)
+
     header = JournalHeader(plan.digest, plan.fingerprints())
-    with disk_errors(out):
-        is_unfinished = (out / JOURNAL_NAME).is_file()
-        if not is_unfinished:
-            require_free(out, overwrite=overwrite)
-        out.mkdir(parents=True, exist_ok=True)
-    # Whatever is removed is removed under the lock, so that two runs cannot take each other's files.
-    journal = lock_journal(out)
-    try:
-        found = journal.header()
-        if found == header or (found is not None and not overwrite):
-            journal.resume(header)
-            journal.finished = {s.name for s in plan.shards if s.name in journal.finished and _is_there(out, s)}
-            require_disk_space(out, plan.disk_bytes - sum(s.file_bytes for s in plan.shards if _is_there(out, s)))
-            if not allow_rounding:
-                _require_exact_so_far(plan, journal)
-        else:
-            require_free(out, overwrite=overwrite, keep=JOURNAL_NAME)
-            make_room(out, plan.disk_bytes, keep=JOURNAL_NAME)
-            journal.begin(header)
-    except BaseException:
-        if is_unfinished:
-            journal.close()
-        else:
-            _forget(journal, out)
-        raise
-    return journal
+    return open_run(out, header, plan.disk_bytes, overwrite=overwrite, resume=resume)
 
 
 def _require_exact_so_far(plan: Plan, journal: Journal) -> None:
@@ -148,32 +120,8 @@ def _require_exact_so_far(plan: Plan, journal: Journal) -> None:
         raise RoundingRefusedError(f"the unfinished run in {journal.path.parent}", plan.format.name, rounded)
 
 
-def _forget(journal: Journal, out: Path) -> None:
-    """Nothing is worth continuing, so nothing is left behind."""
-    journal.remove()
-    with contextlib.suppress(OSError):
-        out.rmdir()
-
-
-def require_apart(plan: Plan, out: Path) -> None:
-    """Refuse an output folder that is, holds or lies in a folder that is read.
-
-    Raises:
-        OutputError: if it does.
-    """
-    for read in (plan.source, plan.like):
-        if read is None:
-            continue
-        theirs, ours = (Path(os.path.realpath(path)) for path in (read.where, out))
-        if theirs == ours or theirs in ours.parents or ours in theirs.parents:
-            raise OutputError(
-                f"{out}: overlaps with the checkpoint that is read, {read.where}", hint="Choose a folder beside it."
-            )
-
-
 def _is_there(out: Path, shard: Shard) -> bool:
-    path = out / shard.name
-    return path.is_file() and path.stat().st_size == shard.file_bytes
+    return is_there(out / shard.name, shard.file_bytes)
 
 
 class _Run:
@@ -309,18 +257,11 @@ def _complete(plan: Plan, out: Path, journal: Journal, resumed: int) -> ApplyRep
             f"{journal.path}: has lines for {verdicts.total():,} tensors, expected {plan.tensors:,}",
             hint="The journal was edited or damaged; remove the folder and convert again.",
         )
-    _remove_partial_files(out)
+    remove_partial_files(out)
     write_file(out / INDEX_NAME, [plan.index_bytes])
     write_file(out / CONFIG_NAME, [plan.config_bytes])
     journal.remove()
     return ApplyReport(verdicts, rounded, out / CERTIFICATE_NAME, resumed)
-
-
-def _remove_partial_files(out: Path) -> None:
-    """Remove what this run, or one that was killed, left unfinished."""
-    for left_over in out.glob(f"*{PARTIAL_SUFFIX}"):
-        with contextlib.suppress(OSError):
-            left_over.unlink()
 
 
 def _certificate_header(plan: Plan) -> CertificateHeader:

@@ -1,19 +1,19 @@
-"""The journal of an unfinished conversion: which output shards are done, so that a killed run continues.
+"""The journal of an unfinished run: which of its files are done, so that a killed run continues.
 
 File `v4quant.journal.jsonl` in the output folder: a header line with the plan's digest and the source's fingerprints,
-then, for each finished shard, its certificate lines and a closing line. Every shard's lines are synced after its
-rename, so a shard that the journal calls finished is whole. The file is locked while a run works, and removed when it
-is done.
+then, for each finished shard, its records (a conversion's are certificate lines) and a closing line. Every shard's
+lines are synced after its data, so a shard that the journal calls finished is whole. The file is locked while a run
+works, and removed when it is done.
 """
 
 import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from v4quant.checkpoint.certificate import TensorRecord
 from v4quant.checkpoint.output import disk_errors, sync_folder
@@ -27,6 +27,13 @@ class JournalHeader:
 
     plan: str
     fingerprints: dict[str, str]
+
+
+class Record(Protocol):
+    """What is noted of a finished shard."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a JSON object."""
 
 
 class Journal:
@@ -84,7 +91,7 @@ class Journal:
         self._drop_unfinished_tail()
         self.finished = {shard for shard, _ in _shard_starts(self.path)}
 
-    def append(self, shard: str, records: list[TensorRecord]) -> None:
+    def append(self, shard: str, records: Sequence[Record]) -> None:
         """Record a finished shard durably; call it after the shard has its final name.
 
         Raises:
@@ -100,6 +107,10 @@ class Journal:
 
     def records(self) -> Iterator[TensorRecord]:
         """Certificate lines of all finished shards, in shard order; one shard in memory at a time."""
+        return (TensorRecord.from_json(record, str(self.path)) for record in self.objects())
+
+    def objects(self) -> Iterator[object]:
+        """Records of all finished shards as the JSON that they were written as, in shard order."""
         # A shard that was done twice counts as it was done last.
         where = {shard: start for shard, start in _shard_starts(self.path) if shard in self.finished}
         with self.path.open("rb") as file:
@@ -109,7 +120,7 @@ class Journal:
                     entry = _parse_line(self.path, line)
                     if "finished" in entry:
                         break
-                    yield TensorRecord.from_json(entry.get("record"), str(self.path))
+                    yield entry.get("record")
 
     def _drop_unfinished_tail(self) -> None:
         """Cut lines that a kill left after the last finished shard, so that what is appended stands on its own."""
@@ -136,7 +147,7 @@ def lock_journal(folder: Path) -> Journal:
     """Open a folder's journal, or make an empty one, and lock it for this process.
 
     Raises:
-        OutputError: if another process is converting into this folder, or the disk refuses.
+        OutputError: if another process is writing into this folder, or the disk refuses.
     """
     path = folder / JOURNAL_NAME
     with disk_errors(path):
@@ -150,7 +161,7 @@ def lock_journal(folder: Path) -> Journal:
     except OSError as error:
         file.close()
         raise OutputError(
-            f"{folder}: another conversion is writing into this folder",
+            f"{folder}: another run is writing into this folder",
             hint="Wait for it to end, or choose another folder.",
         ) from error
     return Journal(path, file)
@@ -164,13 +175,12 @@ def _require_same(folder: Path, found: JournalHeader, wanted: JournalHeader) -> 
     )
     if changed:
         raise CheckpointError(
-            f"{folder} holds an unfinished conversion, and its source has changed since it began: "
-            f"{', '.join(changed[:5])}",
+            f"{folder} holds an unfinished run, and its source has changed since it began: {', '.join(changed[:5])}",
             hint="Restore the source, or start again with --overwrite.",
         )
     if found.plan != wanted.plan:
         raise OutputError(
-            f"{folder} holds an unfinished conversion with other options (or of another source or version)",
+            f"{folder} holds an unfinished run with other options (or of another source or version)",
             hint="Repeat the command that began it, choose another folder, or start again with --overwrite.",
         )
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from v4quant.checkpoint.direct import DirectFile
 from v4quant.checkpoint.index import INDEX_NAME
+from v4quant.checkpoint.reader import SHARDS_NAME
 from v4quant.config import CONFIG_NAME, INFERENCE_CONFIG_NAME
 from v4quant.errors import OutputError
 
@@ -32,7 +33,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"{path}: cannot write: {error.strerror or error}",
-            hint="Free space or choose another folder, then run the command again; a conversion keeps finished shards.",
+            hint="Free space or choose another folder, then run the command again; finished shards are kept.",
         ) from error
 
 
@@ -70,7 +71,9 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> None:
 class ShardFile:
     """An output shard being written at known offsets, from any thread; whole only after `finish`."""
 
-    def __init__(self, path: Path, header: bytes, file_bytes: int, partial: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, header: bytes, file_bytes: int, partial: Path | None = None, *, again: bool = False
+    ) -> None:
         """Create the partial file at its final size, so that a full disk is known at once, and write its header.
 
         Args:
@@ -78,6 +81,7 @@ class ShardFile:
             header: its first bytes.
             file_bytes: its size.
             partial: the partial file; beside the real one by default, with PARTIAL_SUFFIX.
+            again: go on with the partial file of an earlier run, which has its size and header.
 
         Raises:
             OutputError: if the disk refuses.
@@ -85,9 +89,11 @@ class ShardFile:
         self.path = path
         self._partial = partial or path.with_name(path.name + PARTIAL_SUFFIX)
         with disk_errors(path):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+            flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if again else os.O_CREAT | os.O_TRUNC)
             self._descriptor = os.open(self._partial, flags, 0o644)
             self._direct = DirectFile(str(self._partial), self._descriptor, os.O_WRONLY)
+        if again:
+            return
         try:
             with disk_errors(path):
                 os.posix_fallocate(self._descriptor, 0, file_bytes)
@@ -118,10 +124,23 @@ class ShardFile:
             self._partial.replace(self.path)
             sync_folder(self.path.parent)
 
-    def abandon(self) -> None:
-        """Close and remove the partial file."""
+    def sync(self) -> None:
+        """Make durable what was written so far.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        with disk_errors(self.path):
+            os.fsync(self._descriptor)
+
+    def leave(self) -> None:
+        """Close the partial file and keep it, for a run that goes on with it."""
         self._direct.close()
         self._close()
+
+    def abandon(self) -> None:
+        """Close and remove the partial file."""
+        self.leave()
         self._partial.unlink(missing_ok=True)
 
     def _close(self) -> None:
@@ -169,7 +188,7 @@ def make_room(out: Path, needed_bytes: int, keep: str = "") -> None:
                 hint="Remove the link, or choose another output folder.",
             )
         # inference/config.json says how experts are stored, so an old one would lie about the new.
-        names = (CONFIG_NAME, INDEX_NAME, INFERENCE_CONFIG_NAME)
+        names = (CONFIG_NAME, INDEX_NAME, INFERENCE_CONFIG_NAME, SHARDS_NAME)
         old = [path for name in names if (path := out / name).exists()]
         for pattern in ("*.safetensors", f"*{PARTIAL_SUFFIX}", "v4quant.*.jsonl"):
             old += (path for path in out.glob(pattern) if path.name != keep)

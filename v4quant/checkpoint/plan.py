@@ -129,6 +129,11 @@ class Plan:
         # A lone surrogate, which UTF-8 has no bytes for, becomes the escape that JSON writes it as.
         return (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
+    @property
+    def folders(self) -> list[str]:
+        """The folders that are read."""
+        return [checkpoint.where for checkpoint in (self.source, self.like) if checkpoint is not None]
+
     def fingerprints(self) -> dict[str, str]:
         """What every file that is read looks like; those of the original, under --like, with its folder before them."""
         found = self.source.fingerprints()

@@ -19,9 +19,10 @@ from v4quant.errors import CheckpointError
 from v4quant.inventory import LogicalTensor, logical_tensors, mtp_copies, release_name
 from v4quant.names import TensorName, parse_name
 
-JOURNAL_NAME = "v4quant.journal.jsonl"  # of an unfinished conversion, see journal.py
+JOURNAL_NAME = "v4quant.journal.jsonl"  # of an unfinished run, see journal.py
+SHARDS_NAME = "v4quant.shards.json"  # of a folder that `v4quant shard` wrote, see tp_record.py
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_TENSOR_PARALLEL_FILE = re.compile(r"model\d+-mp\d+\.safetensors")
+TENSOR_PARALLEL_FILE = re.compile(r"model\d+-mp\d+\.safetensors")
 _SHOWN_PROBLEMS = 10
 # Pro-0813 has 149,782, the most of any release.
 MAX_TENSORS = 400_000
@@ -234,16 +235,18 @@ def _weight_files(files: Files) -> list[str]:
     """
     top = [name for name in files.names() if "/" not in name]
     found = [name for name in top if name.endswith(".safetensors")]
-    parallel = [name for name in found if _TENSOR_PARALLEL_FILE.fullmatch(name)]
+    parallel = [name for name in found if TENSOR_PARALLEL_FILE.fullmatch(name)]
     if parallel:
         raise CheckpointError(
             f"{files.where}: holds tensor-parallel shards ({parallel[0]}), expected whole tensors and config.json",
-            hint="Give the checkpoint that these were sharded from.",
+            hint=f"Make one checkpoint of them with: v4quant merge {files.where} OUT"
+            if SHARDS_NAME in files
+            else "Give the checkpoint that these were sharded from; v4quant merge takes what v4quant shard wrote.",
         )
     if JOURNAL_NAME in files and (not found or CONFIG_NAME not in files):
         raise CheckpointError(
             f"{files.where}: is an unfinished conversion, expected a whole checkpoint",
-            hint="Run the v4quant convert that began it again; it continues where it stopped.",
+            hint="Run the v4quant command that began it again; it continues where it stopped.",
         )
     if found:
         return found

@@ -86,11 +86,11 @@ def convert(
 
 def _report_plan(output: Output, plan: "Plan", out: Path, workers: int, *, overwrite: bool) -> None:
     """What --dry-run says."""
-    from v4quant.checkpoint.apply import require_apart
     from v4quant.checkpoint.output import disk_errors, free_bytes, require_free
     from v4quant.checkpoint.reader import JOURNAL_NAME
+    from v4quant.checkpoint.run_folder import require_apart
 
-    require_apart(plan, out)
+    require_apart(out, plan.folders)
     with disk_errors(out):
         is_unfinished = (out / JOURNAL_NAME).exists()
     if not is_unfinished:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import v4quant
-from v4quant.cli import convert, demo, inspect_, parity, reference, selftest, synth, verify
+from v4quant.cli import convert, demo, inspect_, merge, parity, reference, selftest, shard, synth, verify
 from v4quant.cli._output import escaped
 from v4quant.errors import InterruptedRunError, OutputError, V4QuantError
 
@@ -23,16 +23,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (
-    inspect_.inspect,
-    synth.synth,
-    convert.convert,
-    verify.verify,
-    reference.reference,
-    parity.parity,
-    selftest.selftest,
-    demo.demo,
-):
+_COMMANDS = (
+    *(inspect_.inspect, synth.synth, convert.convert, verify.verify),
+    *(shard.shard, merge.merge, reference.reference, parity.parity, selftest.selftest, demo.demo),
+)
+for command in _COMMANDS:
     app.command()(command)
 
 

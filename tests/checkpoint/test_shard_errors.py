@@ -1,0 +1,403 @@
+"""Rank files that are missing, doubled, renamed, cut, damaged or of another run; disks and folders that refuse."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoint.sharding import merge, shard, write_wide
+from tests.checkpoint.test_disk import fail_at
+from v4quant.checkpoint import output
+from v4quant.checkpoint.journal import lock_journal
+from v4quant.checkpoint.reader import JOURNAL_NAME, SHARDS_NAME, open_checkpoint
+from v4quant.checkpoint.shard import apply_shard, plan_shard
+from v4quant.checkpoint.tp_folder import open_tp_folder
+from v4quant.cli.main import main
+from v4quant.errors import CheckpointError, OutputError
+from v4quant.testing.asserts import assert_same_checkpoint
+
+EXTRA = "v4quant.tp-extra.safetensors"
+FIRST, SECOND = "model0-mp2.safetensors", "model1-mp2.safetensors"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_wide(tmp_path_factory.mktemp("errors") / "source")
+
+
+@pytest.fixture(scope="module")
+def others(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the same checkpoint and of one with other numbers, in two and four ranks."""
+    root = tmp_path_factory.mktemp("others")
+    other_seed = write_wide(root / "other-source", seed=1)
+    shard(source, root / "same", 2)
+    shard(other_seed, root / "seed", 2)
+    shard(source, root / "four", 4)
+    shard(source, root / "fp8", 2, fp8_experts=True)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture
+def sharded(others: dict[str, Path], tmp_path: Path) -> Path:
+    return shutil.copytree(others["same"], tmp_path / "sharded")
+
+
+Break = Callable[[Path, dict[str, Path]], object]
+
+
+def remove(name: str) -> Break:
+    return lambda folder, _: (folder / name).unlink()
+
+
+def rename(name: str, new: str) -> Break:
+    return lambda folder, _: (folder / name).rename(folder / new)
+
+
+def copy(name: str, new: str) -> Break:
+    return lambda folder, _: shutil.copy(folder / name, folder / new)
+
+
+def take(other: str, name: str, new: str = "") -> Break:
+    return lambda folder, others: shutil.copy(others[other] / name, folder / (new or name))
+
+
+def cut(name: str, count: int) -> Break:
+    return lambda folder, _: os.truncate(folder / name, (folder / name).stat().st_size - count)
+
+
+def grow(name: str) -> Break:
+    return lambda folder, _: (folder / name).write_bytes((folder / name).read_bytes() + b"\0")
+
+
+def swap(folder: Path, _: dict[str, Path]) -> None:
+    (folder / FIRST).rename(folder / "x")
+    (folder / SECOND).rename(folder / FIRST)
+    (folder / "x").rename(folder / SECOND)
+
+
+def in_header(name: str, old: bytes, new: bytes) -> Break:
+    def change(folder: Path, _: dict[str, Path]) -> None:
+        data = (folder / name).read_bytes()
+        assert len(old) == len(new)
+        assert old in data
+        (folder / name).write_bytes(data.replace(old, new, 1))
+
+    return change
+
+
+def strip_metadata(folder: Path, _: dict[str, Path]) -> None:
+    """As DeepSeek's own converter would have written it."""
+    data = (folder / SECOND).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    del header["__metadata__"]
+    text = json.dumps(header).encode()
+    (folder / SECOND).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def in_record(**changes: Any) -> Break:
+    def change(folder: Path, _: dict[str, Path]) -> None:
+        record = json.loads((folder / SHARDS_NAME).read_text())
+        (folder / SHARDS_NAME).write_text(json.dumps(record | changes))
+
+    return change
+
+
+def with_weight(name: str) -> Break:
+    def change(folder: Path, _: dict[str, Path]) -> None:
+        record = json.loads((folder / SHARDS_NAME).read_text())
+        record["weights"][name] = next(iter(record["weights"].values()))
+        (folder / SHARDS_NAME).write_text(json.dumps(record))
+
+    return change
+
+
+def with_file(name: str) -> Break:
+    def change(folder: Path, _: dict[str, Path]) -> None:
+        record = json.loads((folder / SHARDS_NAME).read_text())
+        record["files"][name] = record["files"]["config.json"]
+        (folder / SHARDS_NAME).write_text(json.dumps(record))
+
+    return change
+
+
+CASES: dict[str, tuple[Break, str]] = {
+    "a rank is missing": (remove(SECOND), f"{SECOND}: is missing, expected 2 rank files"),
+    "the extra file is missing": (remove(EXTRA), f"{EXTRA}: is missing"),
+    "the record is missing": (remove(SHARDS_NAME), f"has no {SHARDS_NAME}"),
+    "a rank renamed": (rename(SECOND, "model2-mp2.safetensors"), "model2-mp2.safetensors: holds rank 1 of 2"),
+    "a rank renamed to something": (rename(SECOND, "second.safetensors"), "second.safetensors: holds rank 1 of 2"),
+    "the extra file renamed": (rename(EXTRA, "extra.safetensors"), "extra.safetensors: holds the extra file"),
+    "a rank doubled": (copy(SECOND, "model01-mp2.safetensors"), "model01-mp2.safetensors: holds rank 1 of 2"),
+    "a rank doubled as a copy": (copy(FIRST, "model0-mp2 (1).safetensors"), "(1).safetensors: holds rank 0 of 2"),
+    "a rank in the place of another": (copy(FIRST, SECOND), f"{SECOND}: holds rank 0, expected rank 1"),
+    "ranks swapped": (swap, f"{FIRST}: holds rank 1, expected rank 0"),
+    "a rank of another checkpoint": (take("seed", SECOND), f"{SECOND}: is of another run"),
+    "the first rank of another checkpoint": (take("seed", FIRST), f"{FIRST}: is of another run"),
+    "the extra file of another checkpoint": (take("seed", EXTRA), f"{EXTRA}: is of another run"),
+    "the record of another checkpoint": (take("seed", SHARDS_NAME), f"{EXTRA}: is of another run"),
+    "a rank with FP8 experts": (take("fp8", SECOND), f"{SECOND}: is of another run"),
+    "a rank of another number": (take("four", "model1-mp4.safetensors", SECOND), "is of a set of 4 ranks, expected 2"),
+    "ranks of two numbers": (take("four", "model3-mp4.safetensors"), "model3-mp4.safetensors: holds rank 3 of 4"),
+    "the record of another number": (take("four", SHARDS_NAME), f"{FIRST}: holds rank 0 of 2"),
+    "a rank cut in its data": (cut(SECOND, 1000), f"{SECOND}: is truncated: has "),
+    "a rank cut in its header": (cut(FIRST, 3_000_000), f"{FIRST}: is truncated"),
+    "the extra file cut": (cut(EXTRA, 1), f"{EXTRA}: is truncated"),
+    "a rank that grew": (grow(SECOND), f"{SECOND}: has 1 bytes after its last tensor"),
+    "an empty rank": (lambda folder, _: (folder / SECOND).write_bytes(b""), f"{SECOND}: is truncated: has 0 bytes"),
+    "a rank that is no safetensors": (
+        lambda folder, _: (folder / SECOND).write_bytes(b"\x80\x02ctorch" * 99),
+        f"{SECOND}: claims a header of",
+    ),
+    "a rank without our metadata": (strip_metadata, f"{SECOND}: was not written by v4quant shard"),
+    "a tensor renamed in a header": (
+        in_header(SECOND, b"layers.0.attn.wkv.weight", b"layers.0.attn.wkx.weight"),
+        f"{SECOND}: its header is not the one",
+    ),
+    "a kept header damaged": (
+        in_header(EXTRA, b'"embed.weight":{', b'"embed.weighX":{'),
+        f"{EXTRA}: kept headers: 'embed.weighX' is no tensor",
+    ),
+    "a kept header of another dtype": (
+        in_header(EXTRA, b'wo_b.scale":{"dtype":"F8_E8M0"', b'wo_b.scale":{"dtype":"F8_E4M3"'),
+        f"{FIRST}: its header is not the one",
+    ),
+    "a kept header of other dimensions": (
+        in_header(EXTRA, b'attn_sink":{"dtype":"F32","shape":[8]', b'attn_sink":{"dtype":"F32","shape":[9]'),
+        f"{EXTRA}: kept header of model-00002-of-00006.safetensors",
+    ),
+    "a record that is no JSON": (lambda folder, _: (folder / SHARDS_NAME).write_text("{"), "not valid JSON"),
+    "a record of another version": (in_record(shards=2), "is no record of version 1"),
+    "a record without a run": (in_record(run="x"), "run is no hash"),
+    "a record of no ranks": (in_record(ranks=0), "ranks is no number"),
+    "a record of true ranks": (in_record(ranks=True), "ranks is no number"),
+    "a record of many ranks": (in_record(ranks=10**9), "ranks is no number"),
+    "a record of other experts": (in_record(fp8_experts=1), "fp8_experts is neither"),
+    "a record of no weights": (in_record(weights={}), "lists no weight files"),
+    "a record of no files": (in_record(files=[]), "files is no object of files"),
+    "a weight file without a hash": (in_record(weights={"a.safetensors": {"bytes": 1}}), "has no bytes and sha256"),
+    "a weight file outside": (with_weight("../a.safetensors"), "is no name of a weight file"),
+    "an absolute weight file": (with_weight("/tmp/a.safetensors"), "is no name of a weight file"),
+    "a weight file that no one kept": (with_weight("a.safetensors"), f"{EXTRA}: has no header of a.safetensors"),
+    "a file outside": (with_file("../../evil"), "is no name of a file"),
+    "a file of the shell": (with_file(".bashrc"), "is no name of a file"),
+    "a file with a control character": (with_file("a\x1b[2Jb"), "is no name of a file"),
+    "a file in a file": (with_file("README.md/a"), "is no name of a file without weights"),
+    "a file that is a shard": (with_file("model-00001-of-00006.safetensors"), "is no name of a file without weights"),
+    "a journal": (with_file(JOURNAL_NAME), "is no name of a file"),
+    "a file that no one kept": (with_file("more.txt"), f"{EXTRA}: its header is not the one"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merge_refuses(
+    case: str, sharded: Path, others: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 3, one line that names the file, nothing written."""
+    break_it, says = CASES[case]
+    break_it(sharded, others)
+    out = tmp_path / "out"
+    assert main(["merge", str(sharded), str(out), "--json"]) == 3
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    message, hint = printed.err.removesuffix("\n").split("\nhint: ")
+    assert message.startswith(f"error: {sharded}")
+    assert says in message
+    assert "\n" not in message + hint
+    assert "Traceback" not in printed.err
+    assert not out.exists()
+
+
+def test_what_is_not_ours_does_not_matter(sharded: Path, source: Path, tmp_path: Path) -> None:
+    """Side files and weights of something else beside the ranks."""
+    (sharded / "README.md").write_text("edited")
+    (sharded / "encoding" / "encoding.py").unlink()
+    shutil.copy(source / "model-00001-of-00006.safetensors", sharded / "adapter.safetensors")
+    merge(sharded, tmp_path / "out")
+    assert_same_checkpoint(tmp_path / "out", source)
+
+
+def flip(path: Path, tensor: str) -> None:
+    """Flip a bit in the middle of a tensor."""
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    start, stop = json.loads(data[8 : 8 + length])[tensor]["data_offsets"]
+    data[8 + length + (start + stop) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor", "damaged"),
+    [
+        (SECOND, "embed.weight", "model-00001-of-00006.safetensors"),
+        (SECOND, "layers.1.attn.wo_b.weight", "model-00003-of-00006.safetensors"),
+        (SECOND, "layers.2.ffn.experts.7.w3.weight", "model-00004-of-00006.safetensors"),
+        (FIRST, "norm.weight", "model-00005-of-00006.safetensors"),
+        (EXTRA, "layers.1.attn.wo_a.weight", "model-00003-of-00006.safetensors"),
+        (EXTRA, "file/config.json", "config.json"),
+        (EXTRA, "file/README.md", "README.md"),
+    ],
+)
+def test_a_flipped_bit_is_found_and_nothing_looks_whole(
+    file: str,
+    tensor: str,
+    damaged: str,
+    sharded: Path,
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flip(sharded / file, tensor)
+    out = tmp_path / "out"
+    assert main(["merge", str(sharded), str(out)]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {damaged}: comes out of {sharded} with sha256 ")
+    assert not (out / damaged).exists()
+    assert not (out / "config.json").exists()
+    assert not list(out.rglob("*.partial"))
+    for path in out.rglob("*.safetensors"):
+        assert path.read_bytes() == (source / path.name).read_bytes()
+    with pytest.raises(CheckpointError, match=r"is an unfinished conversion|no such folder"):
+        open_checkpoint(out)
+
+
+def test_open_checkpoint_points_to_merge(sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["inspect", str(sharded)], ["convert", str(sharded), "out", "--to", "fp8"]):
+        assert main(command) == 3
+        assert f"hint: Make one checkpoint of them with: v4quant merge {sharded} OUT" in capsys.readouterr().err
+    (sharded / SHARDS_NAME).unlink()
+    assert main(["inspect", str(sharded)]) == 3
+    assert "v4quant merge takes what v4quant shard wrote" in capsys.readouterr().err
+
+
+def test_an_unfinished_folder_is_not_merged(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(OutputError):
+        fail_at(monkeypatch, "fsync", 20, errno.EIO)
+        shard(source, out, 2, workers=1)
+    for opened in (open_tp_folder, open_checkpoint):
+        with pytest.raises(CheckpointError, match="is an unfinished"):
+            opened(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "number"),
+    [
+        ("posix_fallocate", range(3), errno.ENOSPC),
+        ("pwrite", [0, 1, 10, 100, 300], errno.ENOSPC),
+        ("fsync", range(0, 30, 3), errno.EDQUOT),
+        ("replace", range(9), errno.ENOSPC),
+    ],
+)
+@pytest.mark.parametrize("command", ["shard", "merge"])
+def test_a_disk_that_is_full_sooner_or_later(
+    command: str,
+    name: str,
+    calls: list[int],
+    number: int,
+    source: Path,
+    others: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Exit 5, one message, nothing that looks whole; with room again the same command goes on."""
+    failed = 0
+    expected, last = (others["same"], SHARDS_NAME) if command == "shard" else (source, "config.json")
+    for call in calls:
+        out = tmp_path / str(call)
+        before = [str(source), str(out), "--tp", "2"] if command == "shard" else [str(others["same"]), str(out)]
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            fail_at(monkeypatch, name, call, number)
+            code = main([command, *before])
+        errors = capsys.readouterr().err
+        if code == 0:
+            break
+        failed += 1
+        assert code == 5, errors
+        assert errors.count("error:") == 1
+        assert os.strerror(number) in errors
+        complete = (out / last).exists() and not (out / JOURNAL_NAME).exists()
+        assert main([command, *before]) == (5 if complete else 0), (name, call, errors)
+        assert_same_checkpoint(out, expected)
+        shutil.rmtree(out)
+    assert failed > 2
+
+
+@pytest.mark.parametrize("command", ["shard", "merge"])
+def test_a_disk_that_is_too_small_is_refused_before_writing(
+    command: str,
+    source: Path,
+    sharded: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    argv = ["shard", str(source), str(out), "--tp", "2"] if command == "shard" else ["merge", str(sharded), str(out)]
+    monkeypatch.setattr(output, "free_bytes", lambda _folder: 1_000_000)
+    assert main(argv) == 5
+    assert "1,000,000 are free" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["shard", "merge"])
+def test_output_folders(
+    command: str,
+    source: Path,
+    sharded: Path,
+    others: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not empty, in use, or within what is read; --overwrite replaces what was a checkpoint or ranks of one."""
+    out = tmp_path / "out"
+    expected = others["same"] if command == "shard" else source
+
+    def run(where: Path, *more: str) -> int:
+        capsys.readouterr()
+        read = [str(source), str(where), "--tp", "2"] if command == "shard" else [str(sharded), str(where)]
+        return main([command, *read, *more])
+
+    shutil.copytree(others["four"] if command == "merge" else source, out)
+    (out / "notes.txt").write_text("mine")
+    assert run(out) == 5
+    assert "is not empty" in capsys.readouterr().err
+    assert run(out, "--overwrite") == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    assert_same_checkpoint(out, expected)
+    inside = (source if command == "shard" else sharded) / "inside"
+    assert run(inside, "--overwrite") == 5
+    assert "overlaps with the checkpoint that is read" in capsys.readouterr().err
+    (tmp_path / "used").mkdir()
+    other = lock_journal(tmp_path / "used")
+    assert run(tmp_path / "used") == 5
+    assert "another run is writing into this folder" in capsys.readouterr().err
+    other.close()
+
+
+def test_a_conversion_over_ranks_leaves_none_behind(source: Path, sharded: Path) -> None:
+    assert main(["convert", str(source), str(sharded), "--to", "fp8", "--overwrite"]) == 0
+    assert not open_checkpoint(sharded).problems
+    assert not (sharded / SHARDS_NAME).exists()
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00006.safetensors", "model-00004-of-00006.safetensors"])
+def test_a_source_that_changes_while_it_is_read(name: str, tmp_path: Path) -> None:
+    source, out = write_wide(tmp_path / "source"), tmp_path / "out"
+    changed = iter([source / name])
+
+    def advance(_count: int, _file: str) -> None:
+        for path in changed:
+            path.write_bytes(path.read_bytes())
+
+    with pytest.raises(CheckpointError, match=name) as caught:
+        apply_shard(plan_shard(open_checkpoint(source), 2), out, workers=1, progress=lambda _done: advance)
+    assert caught.value.hint
+    assert not (out / SHARDS_NAME).exists()
+    assert not list(out.glob("*.safetensors"))

@@ -1,0 +1,157 @@
+"""`v4quant.shards.json`: what a folder of tensor-parallel files was made from, and the hash of every file of that.
+
+Written last by `shard`, so a folder that has it is whole. `merge` gives back exactly the files that it lists. It holds
+no time and no path: the same checkpoint gives the same file on every machine. Read as hostile input.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from v4quant import strict_json
+from v4quant.checkpoint.files import MAX_FILES, Files
+from v4quant.checkpoint.index import INDEX_NAME
+from v4quant.checkpoint.reader import SHARDS_NAME
+from v4quant.config import CONFIG_NAME
+from v4quant.errors import CheckpointError
+
+RECORD_VERSION = 1
+MAX_RANKS = 1024
+# A release has about a hundred files, each of them two lines.
+_MAX_RECORD_BYTES = 64 * 2**20
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_COMPONENT = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,250}")
+_HINT = "Shard the checkpoint again; this file was edited or damaged."
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file of the checkpoint.
+
+    Attributes:
+        file: its name.
+        bytes: its size.
+        sha256: of all of it.
+        rounded: tensors in it that the ranks hold rounded (wo_a as BF16, under F32 scales that are no powers of two).
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+    rounded: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a JSON object, for the journal."""
+        return {"file": self.file, "bytes": self.bytes, "sha256": self.sha256, "rounded": self.rounded}
+
+    @classmethod
+    def from_json(cls, entry: object, where: str) -> "FileRecord":
+        """Read a journal's record back.
+
+        Raises:
+            CheckpointError: if it is none.
+        """
+        kinds = {"file": str, "bytes": int, "sha256": str, "rounded": int}
+        if not isinstance(entry, dict) or {key: type(value) for key, value in entry.items()} != kinds:
+            raise CheckpointError(f"{where}: not a line that v4quant writes", hint="Remove the folder and start again.")
+        return cls(**entry)
+
+
+@dataclass(frozen=True)
+class ShardsRecord:
+    """What v4quant.shards.json says.
+
+    Attributes:
+        run: stands in the metadata of every file of this run.
+        ranks: how many.
+        fp8_experts: FP4 experts were cast to FP8.
+        weights, files: size and hash of the checkpoint's weight files, and of its files without weights.
+    """
+
+    run: str
+    ranks: int
+    fp8_experts: bool
+    weights: Mapping[str, FileRecord]
+    files: Mapping[str, FileRecord]
+
+    def to_bytes(self, tool_version: str) -> bytes:
+        """The file."""
+        told = {
+            "shards": RECORD_VERSION,
+            "tool_version": tool_version,
+            "run": self.run,
+            "ranks": self.ranks,
+            "fp8_experts": self.fp8_experts,
+            "weights": _sizes_and_hashes(self.weights),
+            "files": _sizes_and_hashes(self.files),
+        }
+        return (json.dumps(told, indent=2) + "\n").encode()
+
+
+def _sizes_and_hashes(records: Mapping[str, FileRecord]) -> dict[str, Any]:
+    return {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in records.items()}
+
+
+def read_record(files: Files) -> ShardsRecord:
+    """Read v4quant.shards.json of a folder that has one.
+
+    Raises:
+        CheckpointError: if it is not such a file, or of another version.
+    """
+    where = f"{files.where}/{SHARDS_NAME}"
+    if files.size(SHARDS_NAME) > _MAX_RECORD_BYTES:
+        raise CheckpointError(f"{where}: has {files.size(SHARDS_NAME):,} bytes, expected a small file", hint=_HINT)
+    try:
+        told = strict_json.parse(files.read(SHARDS_NAME))
+    except ValueError as error:
+        raise CheckpointError(f"{where}: not valid JSON: {error}", hint=_HINT) from None
+    if not isinstance(told, dict) or told.get("shards") != RECORD_VERSION:
+        raise CheckpointError(
+            f"{where}: is no record of version {RECORD_VERSION}", hint="Shard again with this version of v4quant."
+        )
+    run, ranks, fp8_experts = told.get("run"), told.get("ranks"), told.get("fp8_experts")
+    if not isinstance(run, str) or not _DIGEST.fullmatch(run):
+        raise CheckpointError(f"{where}: run is no hash", hint=_HINT)
+    if type(ranks) is not int or not 1 <= ranks <= MAX_RANKS:
+        raise CheckpointError(f"{where}: ranks is no number from 1 to {MAX_RANKS:,}", hint=_HINT)
+    if not isinstance(fp8_experts, bool):
+        raise CheckpointError(f"{where}: fp8_experts is neither true nor false", hint=_HINT)
+    weights = _records(told.get("weights"), f"{where}: weights")
+    others = _records(told.get("files"), f"{where}: files")
+    _require_sound_names(where, weights, others)
+    return ShardsRecord(run, ranks, fp8_experts, weights, others)
+
+
+def _records(told: object, where: str) -> dict[str, FileRecord]:
+    if not isinstance(told, dict) or len(told) > MAX_FILES:
+        raise CheckpointError(f"{where} is no object of files", hint=_HINT)
+    records: dict[str, FileRecord] = {}
+    for name, entry in told.items():
+        size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or size < 0 or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+            raise CheckpointError(f"{where}: {name[:200]!a} has no bytes and sha256", hint=_HINT)
+        records[name] = FileRecord(name, size, digest)
+    return records
+
+
+def _require_sound_names(where: str, weights: Mapping[str, FileRecord], others: Mapping[str, FileRecord]) -> None:
+    """Refuse names that would write outside of the folder, or one file in the place of another."""
+    for name in weights:
+        if not _COMPONENT.fullmatch(name) or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{where}: {name[:200]!a} is no name of a weight file", hint=_HINT)
+    for name in others:
+        components = name.split("/")
+        if not all(map(_COMPONENT.fullmatch, components)) or components[0].startswith("v4quant.journal"):
+            raise CheckpointError(f"{where}: {name[:200]!a} is no name of a file in a checkpoint", hint=_HINT)
+        if name.endswith((".safetensors", ".partial")) or "/".join(components[:-1]) in {*weights, *others} - {""}:
+            raise CheckpointError(f"{where}: {name[:200]!a} is no name of a file without weights", hint=_HINT)
+    if not weights or CONFIG_NAME not in others:
+        raise CheckpointError(f"{where}: lists no weight files, or no {CONFIG_NAME}", hint=_HINT)
+
+
+def in_writing_order(names: Mapping[str, FileRecord]) -> list[str]:
+    """Names of files without weights: what makes a folder a checkpoint comes last."""
+    last = [name for name in (INDEX_NAME, CONFIG_NAME) if name in names]
+    return [*(name for name in names if name not in last), *last]

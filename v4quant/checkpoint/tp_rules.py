@@ -1,0 +1,140 @@
+"""How DeepSeek's inference code cuts a model into tensor-parallel ranks, and which numbers of ranks that allows.
+
+    vocabulary   embed, head and DSpark's Markov tables by rows
+    heads        wq_b and attn_sink by whole heads; the indexer's wq_b and weights_proj by whole indexer heads
+    groups       wo_a by rows and wo_b by columns, whole groups of o_lora_rank each
+    experts      rank i holds the routed experts i * E/N to (i + 1) * E/N - 1
+    left out     the MTP blocks' own embedding and head: the code uses the trunk's
+    all else     in every rank, shared experts and compressors included
+
+A scale is cut like its weight. Sources: `inference/convert.py` and `model.py` of the April releases; the Markov tables
+as in those of 0731, whose `model.py` makes them vocabulary-parallel.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from v4quant.checkpoint.reader import Checkpoint
+from v4quant.config import V4Config
+from v4quant.inventory import LogicalTensor
+from v4quant.names import Role, TensorName
+
+# Numbers of ranks that are looked at where those that work are listed.
+MOST_RANKS_LISTED = 64
+
+
+class Split(Enum):
+    """What a rank holds of a tensor."""
+
+    WHOLE = auto()  # all of it, as every rank
+    ROWS = auto()  # an equal share of its rows, in rank order
+    COLUMNS = auto()  # an equal share of its columns
+    EXPERT = auto()  # all of it, in the one rank that has this expert
+    LEFT_OUT = auto()  # nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why a number of ranks does not work.
+
+    Attributes:
+        tensor: the first tensor that forbids it.
+        reason: what does not fit, with numbers.
+    """
+
+    tensor: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor}: {self.reason}"
+
+
+_ROLES = {
+    Role.EMBEDDING: Split.ROWS,
+    Role.HEAD: Split.ROWS,
+    Role.MARKOV_HEAD: Split.ROWS,
+    Role.MTP_EMBEDDING: Split.LEFT_OUT,
+    Role.MTP_HEAD: Split.LEFT_OUT,
+    Role.ROUTED_EXPERTS: Split.EXPERT,
+}
+_MODULES = {
+    "attn.wq_b": Split.ROWS,
+    "attn.wo_a": Split.ROWS,
+    "attn.wo_b": Split.COLUMNS,
+    "attn.indexer.wq_b": Split.ROWS,
+    "attn.indexer.weights_proj": Split.ROWS,
+}
+OUTPUT_A = "attn.wo_a"  # in BF16 in that code, whatever it is stored as
+
+
+def split_of(name: TensorName) -> Split:
+    """What a rank holds of this tensor."""
+    if name.leaf == "attn_sink":
+        return Split.ROWS
+    return _MODULES.get(name.module) or _ROLES.get(name.role, Split.WHOLE)
+
+
+def obstacles(source: Checkpoint, ranks: int) -> list[Obstacle]:
+    """Everything that forbids a number of ranks, one entry a kind of tensor; empty where it works.
+
+    Args:
+        source: a sound checkpoint.
+    """
+    found: list[Obstacle] = []
+    for tensor, name in _kinds(source):
+        split = split_of(name)
+        if split not in (Split.WHOLE, Split.LEFT_OUT):
+            count, what = _counted(source.config, name)
+            if count % ranks:
+                found.append(Obstacle(tensor.name, f"{count:,} {what} do not divide by {ranks}"))
+            elif reason := _cut_block(source, tensor, name, split, ranks):
+                found.append(Obstacle(tensor.name, reason))
+    return found
+
+
+def working_ranks(source: Checkpoint) -> list[int]:
+    """The numbers of ranks up to MOST_RANKS_LISTED that work."""
+    return [ranks for ranks in range(1, MOST_RANKS_LISTED + 1) if not obstacles(source, ranks)]
+
+
+def _kinds(source: Checkpoint) -> Iterator[tuple[LogicalTensor, TensorName]]:
+    """The first tensor of each module: all blocks of a sound checkpoint have the same dimensions."""
+    seen: set[tuple[str, str]] = set()
+    for tensor in source.logical:
+        name = source.parsed[tensor.name]
+        kind = (name.module, name.leaf)
+        if kind not in seen:
+            seen.add(kind)
+            yield tensor, name
+
+
+def _counted(config: V4Config, name: TensorName) -> tuple[int, str]:
+    """What is shared out of a split tensor: how many, and what they are."""
+    if name.role is Role.ROUTED_EXPERTS:
+        return config.n_routed_experts, "routed experts"
+    if name.role is Role.INDEXER:
+        return config.index_n_heads, "indexer heads"
+    if name.module in (OUTPUT_A, "attn.wo_b"):
+        return config.o_groups, "output groups"
+    if name.role is Role.ATTENTION:
+        return config.num_attention_heads, "attention heads"
+    return config.vocab_size, "tokens of the vocabulary"
+
+
+def _cut_block(source: Checkpoint, tensor: LogicalTensor, name: TensorName, split: Split, ranks: int) -> str:
+    """Say how equal shares cut a scale block of a matrix; "" where they do not.
+
+    With one rank nothing is cut, so edge blocks do no harm; with more, every share must be whole blocks.
+    """
+    if tensor.kind == "plain" or split is Split.EXPERT or name.module == OUTPUT_A or ranks == 1:
+        return ""
+    block = source.scheme.encoding(tensor.kind).block
+    axis = 0 if split is Split.ROWS else 1
+    if block is None or tensor.shape[axis] // ranks % block[axis] == 0:
+        return ""
+    what = "rows" if axis == 0 else "columns"
+    return (
+        f"a rank's {tensor.shape[axis] // ranks:,} of {tensor.shape[axis]:,} {what} are no whole number of scale "
+        f"blocks of {block.rows}x{block.columns}"
+    )

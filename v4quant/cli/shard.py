@@ -1,0 +1,147 @@
+"""`v4quant shard`: a checkpoint into the tensor-parallel files that DeepSeek's inference code loads."""
+
+import time
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from v4quant.cli._options import DryRun, JsonMode, MaxWorkers, Out, Overwrite, Source
+from v4quant.cli._output import Output, decimal_bytes, plural
+from v4quant.cli._progress import Advance, byte_progress
+from v4quant.errors import UsageError
+
+if TYPE_CHECKING:
+    from v4quant.checkpoint.shard import ShardPlan
+
+
+class Experts(StrEnum):
+    """How rank files hold routed experts."""
+
+    STORED = "stored"
+    FP8 = "fp8"
+
+
+def shard(
+    src: Source,
+    out: Out,
+    tp: Annotated[int | None, typer.Option(metavar="N", help="Number of ranks.", min=1, max=1024)] = None,
+    experts: Annotated[
+        Experts, typer.Option(help="Routed experts as they are stored, or FP4 cast to FP8 where that is exact.")
+    ] = Experts.STORED,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="List which N work and what forbids the others; writes nothing.")
+    ] = False,
+    dry_run: DryRun = False,
+    max_workers: MaxWorkers = 4,
+    overwrite: Overwrite = False,
+    json_mode: JsonMode = False,
+) -> None:
+    """Write the tensor-parallel files that DeepSeek's inference code loads, and beside them what merge needs.
+
+    \b
+    v4quant shard DeepSeek-V4-Flash flash-mp8 --tp 8
+    v4quant shard DeepSeek-V4-Flash flash-mp4 --tp 4 --experts fp8
+    v4quant shard DeepSeek-V4-Pro pro-mp16 --explain
+    """
+    # The engine loads numpy and numba, which `v4quant --help` need not wait for.
+    from v4quant.checkpoint.reader import open_checkpoint
+    from v4quant.checkpoint.shard import apply_shard, plan_shard
+    from v4quant.checkpoint.side_files import files_left_behind
+
+    output = Output(json_mode)
+    if explain:
+        _explain(output, src)
+        return
+    if tp is None:
+        raise UsageError("--tp is missing, expected the number of ranks", hint="See which work with --explain.")
+    plan = plan_shard(open_checkpoint(src), tp, fp8_experts=experts is Experts.FP8)
+    if dry_run:
+        _report_plan(output, plan, out, max_workers, overwrite=overwrite)
+        return
+    start = time.monotonic()
+    with ExitStack() as stack:
+
+        def begin(done: int) -> Advance:
+            # Only now is it certain that the output folder may be written.
+            _print_plan(output, plan)
+            return stack.enter_context(byte_progress(plan.bytes_read, "shard", done))
+
+        report = apply_shard(plan, out, workers=max_workers, overwrite=overwrite, progress=begin)
+    seconds = time.monotonic() - start
+    if report.resumed_files:
+        output.line(f"continued: {plural(report.resumed_files, 'file')} had been done before")
+    output.line(f"{plural(plan.tensors, 'tensor')} in {plural(plan.layout.ranks, 'rank')}, {seconds:.1f} s")
+    if report.rounded:
+        output.line(f"rounded to BF16, as the layout wants it: {report.rounded:,} wo_a; the extra file has their FP8")
+    output.result(
+        _plan_json(plan)
+        | {"seconds": round(seconds, 3), "rounded": report.rounded, "resumed_files": report.resumed_files}
+    )
+    for name in files_left_behind(plan.source):
+        output.note(f"not kept, as it may hold weights in another form: {name}")
+    output.note(f"next: v4quant merge {out} OUT gives back the checkpoint, byte for byte")
+
+
+def _explain(output: Output, src: Path) -> None:
+    """What --explain says."""
+    from v4quant.checkpoint.reader import open_checkpoint
+    from v4quant.checkpoint.tp_rules import MOST_RANKS_LISTED, obstacles
+
+    source = open_checkpoint(src)
+    source.require_sound()
+    sizes: list[dict[str, Any]] = []
+    output.line(f"{source.release}, {source.scheme.name}")
+    for ranks in range(1, MOST_RANKS_LISTED + 1):
+        found = obstacles(source, ranks)
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        output.line(f"--tp {ranks:<3} {f'no: {found[0]}{more}' if found else 'works'}")
+        forbidden_by = [{"tensor": obstacle.tensor, "reason": obstacle.reason} for obstacle in found]
+        sizes.append({"ranks": ranks, "works": not found, "forbidden_by": forbidden_by})
+    working = [size["ranks"] for size in sizes if size["works"]]
+    output.line(f"these work: {', '.join(map(str, working))}")
+    output.result({"works": working, "sizes": sizes})
+
+
+def _report_plan(output: Output, plan: "ShardPlan", out: Path, workers: int, *, overwrite: bool) -> None:
+    """What --dry-run says."""
+    from v4quant.checkpoint.output import disk_errors, free_bytes, require_free
+    from v4quant.checkpoint.reader import JOURNAL_NAME
+    from v4quant.checkpoint.run_folder import require_apart
+
+    require_apart(out, [plan.source.where])
+    with disk_errors(out):
+        is_unfinished = (out / JOURNAL_NAME).exists()
+    if not is_unfinished:
+        require_free(out, overwrite=overwrite)
+    free, peak = free_bytes(out), plan.peak_memory_bytes(workers)
+    _print_plan(output, plan)
+    output.line(f"memory: at most {decimal_bytes(peak)} with {plural(workers, 'worker')}")
+    output.line(f"disk: needs {decimal_bytes(plan.disk_bytes)}, {decimal_bytes(free)} free")
+    output.result(
+        _plan_json(plan) | {"peak_memory_bytes": peak, "disk_bytes": plan.disk_bytes, "disk_free_bytes": free}
+    )
+    if free < plan.disk_bytes:
+        output.note(f"warning: the disk of {out} is {decimal_bytes(plan.disk_bytes - free)} too small")
+    output.note("next: run it without --dry-run")
+
+
+def _plan_json(plan: "ShardPlan") -> dict[str, Any]:
+    return {
+        "ranks": plan.layout.ranks,
+        "tensors": plan.tensors,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "experts": "fp8" if plan.fp8_experts else "stored",
+    }
+
+
+def _print_plan(output: Output, plan: "ShardPlan") -> None:
+    layout = plan.layout
+    experts = ", FP4 experts as FP8" if plan.fp8_experts else ""
+    output.line(f"{plan.source.release}: {plan.source.scheme.name} -> {plural(layout.ranks, 'rank')}{experts}")
+    for file in layout.files:
+        output.line(f"{file.name:>30}: {len(file.entries):>7,} x  {decimal_bytes(file.file_bytes):>10}")
+    output.line(f"reads {decimal_bytes(plan.bytes_read)}, writes {decimal_bytes(plan.bytes_written)}")
