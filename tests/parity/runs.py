@@ -39,7 +39,7 @@ def converted(source: Path, out: Path, target: str) -> Path:
     return out
 
 
-def edited(source: Path, out: Path, name: str, change: Callable[[torch.Tensor], None]) -> Path:
+def edited(source: Path, out: Path, name: str, change: Callable[[torch.Tensor], object]) -> Path:
     """Copy a checkpoint and change the stored numbers of one tensor in place.
 
     Args:
