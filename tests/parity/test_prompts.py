@@ -49,6 +49,7 @@ def test_built_prompts_are_no_longer_than_needed() -> None:
     assert needed_tokens(config_of("flash")) == 4 * 512 + 256 + 8 + 48
     assert needed_tokens(config_of("pro")) == 4 * 1024 + 256 + 8 + 48
     assert needed_tokens(config_of("flash", layers=2, mtp=False)) == 2 * 128 + 8 + 48
+    assert needed_tokens(config_of("pro", layers=2, tiny=True, mtp=False)) == 2 * HCA + 8 + 16
 
 
 @every_config
