@@ -12,6 +12,7 @@ from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.model.arithmetic import Activations, Arithmetic, Products
 from v4quant.model.block import Block
 from v4quant.model.counted import Counted
+from v4quant.model.release import Release
 from v4quant.model.reordered import Reordered
 from v4quant.model.streaming import BlockResult, Lane, StreamedModel, run_block, run_lanes
 from v4quant.testing.asserts import assert_bitwise_equal
@@ -19,6 +20,16 @@ from v4quant.testing.asserts import assert_bitwise_equal
 FLASH = named("tiny-flash")
 TOKENS = {Products.DECODED: 70, Products.CODED: 8}  # coded products are slow on a CPU
 CSA = 2
+
+
+class Doubled(Release):
+    """Operations that nobody could take for the release's."""
+
+    def plain_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * super().plain_linear(x, weight)
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+        return 3 * super().swiglu(gate, up, limit)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +66,7 @@ def lanes_of(model: StreamedModel, block: Block, reference: Reference) -> list[L
         Lane(block, noisy, whole),
         Lane(counted, model.embed(two.input_ids), two),
         Lane(reordered, noisy[:3], model.schedule([ids[:3]])),
+        Lane(block.with_operations(Doubled(model.config)), streams, whole),
     ]
 
 

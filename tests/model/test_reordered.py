@@ -193,6 +193,30 @@ def test_attend(widths: tuple[int, ...], random: torch.Generator) -> None:
     assert torch.equal(found[3], plain[3])
 
 
+def test_attend_takes_the_keys_of_a_block_backwards() -> None:
+    """Values 2^30, -2^30 and 62 times 1, all of one weight: behind 2^30 ones are lost."""
+    values = torch.tensor([2.0**30, -(2.0**30), *[1.0] * 62])
+    picked = [Picked(values[:, None].repeat(1, 128).to(torch.bfloat16), torch.arange(64, dtype=torch.int32)[None])]
+    q, sink = torch.zeros(1, 64, 128, dtype=torch.bfloat16), torch.full((64,), -torch.inf)
+    plain, found = (ops.attend(q, sink, picked) for ops in BOTH)
+    assert bool((plain != found).all())
+
+
+def test_attend_keeps_the_blocks_in_order(random: torch.Generator) -> None:
+    """The largest score of all is in the last block: the weights of the others were rounded before it was seen.
+
+    With the blocks backwards they would be rounded by it, which moves what they sum to by up to 2^-9.
+    """
+    entries = torch.eye(128).repeat(2, 1)[: 64 + 64].to(torch.bfloat16)
+    q = torch.zeros(1, 64, 128)
+    q[0, :, :64] = torch.rand(64, generator=random) * 2
+    q[0, :, 127] = 37.3
+    picked = [Picked(entries, torch.arange(128, dtype=torch.int32)[None])]
+    sink = torch.full((64,), -torch.inf)
+    plain, found = (ops.attend(q.to(torch.bfloat16), sink, picked) for ops in BOTH)
+    assert torch.equal(found, plain), "each dim has one key, so that no sum has another order"
+
+
 def test_attend_looks_at_the_same_dims_heads_and_keys(random: torch.Generator) -> None:
     """Scores so sharp that each query and head copies the one key that it points at."""
     entries = torch.eye(200, 256).to(torch.bfloat16)

@@ -139,7 +139,7 @@ def test_no_ids(tensors: Tensors, tmp_path: Path) -> None:
         stored(tmp_path, tensors | {"input_ids": FLASH.ids[:0]}, metadata={})
 
 
-@pytest.mark.parametrize("prefill", ["", "0", "-1", "301", "1.5", " 3", "1e2", "three", "9" * 30, "0x10", "None"])
+@pytest.mark.parametrize("prefill", ["", "0", "-1", "301", "1.5", " 3", "1e2", "three", "9" * 5000, "0x10", "None"])
 def test_a_prefill_that_makes_no_sense(prefill: str, tensors: Tensors, tmp_path: Path) -> None:
     assert len(FLASH.ids) == 300
     with pytest.raises(CheckpointError, match=r"prefill is .*, expected 1 to its 300 tokens"):
