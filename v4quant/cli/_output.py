@@ -43,3 +43,12 @@ def _json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _json(own) for key, own in value.items()}
     return [_json(own) for own in value] if isinstance(value, list | tuple) else value
+
+
+def is_finite(value: Any) -> bool:
+    """True if no number in nested values is NaN or infinite."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, Mapping):
+        return all(is_finite(own) for own in value.values())
+    return all(is_finite(own) for own in value) if isinstance(value, list | tuple) else True

@@ -1,5 +1,6 @@
 """`v4quant parity`: does a checkpoint still compute what the original computes?"""
 
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +9,7 @@ import typer
 
 from v4quant.cli._memory import peak_memory_bytes
 from v4quant.cli._options import JsonMode
-from v4quant.cli._output import Output, decimal_bytes, plural
+from v4quant.cli._output import Output, decimal_bytes, is_finite, plural
 from v4quant.cli._progress import layer_progress
 from v4quant.errors import CheckFailedError, OutputError, UsageError
 
@@ -83,9 +84,11 @@ def parity(
     from v4quant.parity.result import check_gates, to_json
 
     output = Output(json_mode)
+    if max_kl is not None and not math.isfinite(max_kl):
+        raise UsageError(f"--max-kl is {max_kl}, expected a number")
     task = _task(candidate, against, reference_outputs, tokens, text, length, prefill, index_topk, arithmetic, device)
     if report is not None:
-        _require_report_folder(report, [candidate, *([against] if against else [])], overwrite)
+        _prepare_report_folder(report, [candidate, *([against] if against else [])], overwrite)
     with ExitStack() as bars:
         comparison = compare(task, lambda steps: bars.enter_context(layer_progress(steps, "parity")))
     gates = check_gates(comparison, max_kl, min_top1)
@@ -94,9 +97,9 @@ def parity(
     if report is not None:
         from v4quant.parity.report import write_report
 
-        try:
+        if is_finite(result):
             result["report"] = str(write_report(result, report))
-        except ValueError:
+        else:
             output.note(f"{report}: no report is written, as the candidate computes NaN or infinity")
     output.result(result)
     print_result(output, result)
@@ -157,7 +160,8 @@ def _prompts(
     from v4quant.parity.prompts import Prompts, built_prompts, read_prompts, text_prompts
     from v4quant.parity.stored import StoredOutputs
 
-    config = candidate.config if index_topk is None else replace(candidate.config, index_topk=index_topk)
+    whole = candidate if isinstance(reference, StoredOutputs) else reference  # the candidate's config may be the fault
+    config = whole.config if index_topk is None else replace(whole.config, index_topk=index_topk)
     if isinstance(reference, StoredOutputs):
         given = {"--tokens": tokens, "--text": text, "--length": length, "--prefill": prefill}
         given["--index-topk"] = index_topk
@@ -176,8 +180,8 @@ def _prompts(
     return built_prompts(config, length, prefill)
 
 
-def _require_report_folder(report: Path, checkpoints: list[Path], overwrite: bool) -> None:
-    """Refuse a place for the report before hours of work.
+def _prepare_report_folder(report: Path, checkpoints: list[Path], overwrite: bool) -> None:
+    """Make the place for the report, or refuse it, before hours of work; an earlier one goes, lest it be taken for new.
 
     Raises:
         UsageError: if it lies in a checkpoint.
@@ -187,11 +191,18 @@ def _require_report_folder(report: Path, checkpoints: list[Path], overwrite: boo
         raise UsageError(f"{report}: lies in a checkpoint that is compared", hint="Choose a folder outside of it.")
     if report.exists() and not report.is_dir():
         raise OutputError(f"{report}: is a file, expected a folder to write")
-    held = {path.name for path in report.iterdir()} if report.exists() else set()
-    if held - {"parity.json", "report.html"}:
+    try:
+        report.mkdir(parents=True, exist_ok=True)
+        held = {path.name for path in report.iterdir()}
+    except OSError as error:
+        raise OutputError(f"{report}: cannot be used as a folder: {error.strerror or error}") from error
+    ours = {"parity.json", "report.html"}
+    if held - ours - {f"{name}.partial" for name in ours} or any((report / name).is_dir() for name in held):
         raise OutputError(f"{report}: holds other files, expected a folder for the report alone")
     if held and not overwrite:
         raise OutputError(f"{report}: holds a report already", hint="Replace it with: --overwrite")
+    for name in held:
+        (report / name).unlink()
 
 
 def print_result(output: Output, result: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def selftest(
 
     \b
     v4quant selftest DeepSeek-V4-Flash
-    v4quant selftest DeepSeek-V4-Flash --only sink-zeroed --only tid2eid-bf16
+    v4quant selftest DeepSeek-V4-Flash --only attn-sink-zero --only tid2eid-bf16
     """
     # torch loads here, so that `v4quant --help` need not wait for it.
     from v4quant.checkpoint.reader import open_checkpoint

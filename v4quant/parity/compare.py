@@ -113,7 +113,9 @@ def compare(task: Task, progress: Callable[[int], Progress] = lambda _: lambda _
                 schedule = lockstep.mtp_chunking.plain if name.startswith("mtp") else lockstep.chunking.plain
                 attribution.append(attribute(name, streams, schedule, candidate, alongside))
         read = candidate.reader.weights.bytes_read + reference.bytes_read
-    coverage = coverage_of(outcome, candidate.config, task.prompts)
+    # What the reference has is what there is to cover: a candidate may have lost some of it.
+    whole = task.reference if isinstance(task.reference, Checkpoint) else task.candidate
+    coverage = coverage_of(outcome, task.config_of(whole), task.prompts)
     schedule = lockstep.chunking.plain
     return Comparison(outcome, judgement, tuple(attribution), coverage, schedule, time.monotonic() - start, read)
 

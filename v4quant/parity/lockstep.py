@@ -121,9 +121,9 @@ class Lockstep:
         self._model = model
         self._reference = reference
         self._prompts = prompts
-        wanted = reference.has_mtp and any(prompts.mtp_lengths)
-        self._has_mtp = wanted and runnable_mtp_blocks(model.config) > 0
-        self._lacks_mtp = wanted and not self._has_mtp
+        runnable = runnable_mtp_blocks(model.config) > 0
+        self._has_mtp = reference.has_mtp and runnable and any(prompts.mtp_lengths)
+        self._lacks_mtp = model.config.mtp_blocks < reference.mtp_blocks or (reference.has_mtp and not runnable)
         self.chunking = Chunking(
             model.schedule(prompts.ids, prompts.sizes, prompts.source),
             model.schedule(prompts.ids, prompts.other_sizes, prompts.source),

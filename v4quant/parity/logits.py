@@ -33,7 +33,10 @@ class Spread:
     def of(cls, values: torch.Tensor) -> "Spread":
         """Of float64 [T]."""
         return cls(
-            float(values.mean()), float(values.median()), float(torch.quantile(values, 0.99)), float(values.max())
+            float(values.mean()),
+            float(values.median()),
+            float(torch.quantile(values, 0.99, interpolation="higher")),
+            float(values.max()),
         )
 
 

@@ -25,6 +25,8 @@ _BEHIND_THE_CUT = 256
 _SHORT = 48
 _SEED = 4
 _REPEATED = 16
+# Far above what any path needs; streams of so many tokens take a few GB.
+_MOST_BUILT = 2**17
 _MAX_TEXT_BYTES = 2**28
 _TOKENIZER = "tokenizer.json"
 
@@ -88,6 +90,11 @@ def built_prompts(config: V4Config, length: int | None, prefill: int | None) -> 
     short = min(_SHORT, config.sliding_window // 2)
     if total < 3 * short or short < 2:
         short = 0
+    if total - short > min(config.max_position_embeddings, _MOST_BUILT):
+        raise UsageError(
+            f"{total:,} tokens are to be built, expected at most {min(config.max_position_embeddings, _MOST_BUILT):,}",
+            hint="Give fewer with --length, or a smaller --index-topk.",
+        )
     random = torch.Generator().manual_seed(_SEED)
     long = torch.randint(config.vocab_size, (total - short,), generator=random)
     for first in range(len(long) // 2, len(long) - _REPEATED, 3 * _REPEATED):
@@ -105,8 +112,8 @@ def needed_tokens(config: V4Config) -> int:
         needs.append(_CSA * config.index_topk + _BEHIND_THE_CUT)
     if _HCA in ratios:
         needs.append(2 * _HCA)
-    longest = min(max(needs) + DECODE_STEPS, config.max_position_embeddings)
-    return longest + min(_SHORT, config.sliding_window // 2)
+    short = min(_SHORT, config.sliding_window // 2)
+    return min(max(needs) + DECODE_STEPS + short, config.max_position_embeddings)
 
 
 def read_prompts(path: Path, config: V4Config, prefill: int | None) -> Prompts:

@@ -54,6 +54,9 @@ class Reference(Protocol):
     has_mtp: bool
     """Whether it has an MTP block that can be run, or logits of one."""
 
+    mtp_blocks: int
+    """MTP blocks or DSpark stages that it is known to have."""
+
     @property
     def bytes_read(self) -> int:
         """Bytes of weights read so far."""
@@ -81,6 +84,7 @@ class Alongside:
 
     def __init__(self, model: StreamedModel) -> None:
         self.has_mtp = runnable_mtp_blocks(model.config) > 0
+        self.mtp_blocks = model.config.mtp_blocks
         self._model = model
         self._blocks = model.blocks(0, model.config.num_hidden_layers)
         self._runs: Runs | None = None
@@ -139,6 +143,7 @@ class Stored:
 
     def __init__(self, outputs: StoredOutputs) -> None:
         self.has_mtp = outputs.has_mtp
+        self.mtp_blocks = int(outputs.has_mtp)
         self._outputs = outputs
 
     def begin(self, chunking: Chunking, embedding: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from v4quant.errors import CheckpointError, V4QuantError
 from v4quant.parity.logits import logit_pieces
 from v4quant.parity.reference import Alongside, Expected, Pieces
 from v4quant.parity.runs import Chunking, Runs
+
+
+class UnusableReferenceError(CheckpointError):
+    """The reference itself cannot be run, so that nothing can be said of any candidate."""
 
 
 @dataclass
@@ -31,6 +36,7 @@ class Remembered:
 
     def __init__(self, reference: Alongside) -> None:
         self.has_mtp = reference.has_mtp
+        self.mtp_blocks = reference.mtp_blocks
         self._reference = reference
         self._memory = _Memory()
 
@@ -48,7 +54,12 @@ class Remembered:
     def layer(self, index: int) -> Expected:
         """What it made of a layer."""
         if index == len(self._memory.layers):
-            self._memory.layers.append(self._reference.layer(index))
+            try:
+                self._memory.layers.append(self._reference.layer(index))
+            except V4QuantError as error:
+                raise UnusableReferenceError(
+                    f"the checkpoint itself cannot be run: {error}", hint=error.hint
+                ) from error
         return self._memory.layers[index]
 
     def enter_mtp(self, rows: torch.Tensor, chunking: Chunking, last: torch.Tensor) -> None:

@@ -31,6 +31,8 @@ def in_words(task: Task, comparison: Comparison, who: Blame | None) -> str:
     verdict = comparison.judgement.verdict
     if verdict is Verdict.IDENTICAL:
         text = f"The candidate computes the same logits as the reference, bit by bit, on all {tokens}."
+        if outcome.mtp_logits is None:
+            text = text.replace("the same logits", "the same next-token logits")
     elif verdict is Verdict.INDISTINGUISHABLE:
         floor = max(own.kl.mean for own in outcome.logits.noise.values())
         whose = "the reference is" if outcome.noise_of == "reference" else "the candidate is"
@@ -49,10 +51,10 @@ def in_words(task: Task, comparison: Comparison, who: Blame | None) -> str:
 
 
 def _different(comparison: Comparison, who: Blame | None, tokens: str) -> str:
-    worst = comparison.judgement.departures[0]
-    text = f"The candidate does not compute what the reference computes, on {tokens}. {describe(worst).capitalize()}."
+    why = describe(comparison.judgement.departures[0])
+    text = f"The candidate does not compute what the reference computes, on {tokens}. {why[0].upper()}{why[1:]}."
     if comparison.outcome.mtp_missing:
-        return f"{text} The reference has an MTP block, the candidate has none."
+        return f"{text} The reference has MTP blocks that the candidate has not."
     if who is None or (who.layer is None and who.module is None):
         return f"{text} No single block departs."
     if who.module is None:
@@ -67,7 +69,7 @@ def _different(comparison: Comparison, who: Blame | None, tokens: str) -> str:
 def describe(departure: Departure) -> str:
     """A figure beyond its limit."""
     if departure.figure == MTP_MISSING:
-        return "an MTP block is missing"
+        return "MTP blocks are missing"
     if departure.figure.startswith(NOT_EXECUTED):
         return (
             f"{departure.where} did not run as its config says, {departure.found:.3g} of it amiss: {departure.figure}"

@@ -121,8 +121,8 @@ def logit_figures(figures: LogitFigures) -> dict[str, float]:
 
 
 def _beyond(value: float, limit: float) -> bool:
-    """True above the limit, and for NaN, which is within none."""
-    return not value <= limit
+    """True above the limit, and for NaN and infinity, which are within none."""
+    return not (math.isfinite(value) and value <= limit)
 
 
 def judge(outcome: Outcome) -> Judgement:
@@ -140,7 +140,7 @@ def judge(outcome: Outcome) -> Judgement:
         Departure(f"{NOISE}{name}", block.name, isolated.streams.median_rel_err, NOISE_CAP)
         for block in blocks_of(outcome)
         for name, (isolated, _) in block.noise.items()
-        if isolated.streams.median_rel_err > NOISE_CAP
+        if _beyond(isolated.streams.median_rel_err, NOISE_CAP)
     ]
     if _beyond(outcome.embedding.rel_err, limits["isolated_rel_err"]):
         found = outcome.embedding.rel_err
@@ -162,7 +162,9 @@ def judge(outcome: Outcome) -> Judgement:
         ]
     missing = list(_missing(outcome))
     departures = missing + sorted(departures, key=lambda departure: -departure.times)
-    return Judgement(_verdict(outcome, missing, departures), limits, departures)
+    verdict = _verdict(outcome, missing, departures)
+    # Where all logits are equal, what lies beside them (a noise beyond its cap, for one) is no departure.
+    return Judgement(verdict, limits, [] if verdict is Verdict.IDENTICAL else departures)
 
 
 def _missing(outcome: Outcome) -> Iterator[Departure]:

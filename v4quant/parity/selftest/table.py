@@ -18,6 +18,7 @@ from v4quant.checkpoint.output import disk_errors
 from v4quant.checkpoint.reader import Checkpoint, open_checkpoint
 from v4quant.checkpoint.verify import verify_values
 from v4quant.errors import InterruptedRunError, OutputError, V4QuantError
+from v4quant.parity.remembered import UnusableReferenceError
 from v4quant.parity.selftest.corruption import Corruption
 from v4quant.parity.selftest.corruptions import CORRUPTIONS
 from v4quant.parity.selftest.editor import Editor
@@ -231,7 +232,7 @@ class _Run:
         """Run a check; an error that v4quant raises about the copy counts as caught, any other is a defect."""
         try:
             found = check()
-        except (InterruptedRunError, OutputError):  # says nothing about the copy
+        except (InterruptedRunError, OutputError, UnusableReferenceError):  # says nothing about the copy
             raise
         except V4QuantError as error:
             found = Finding(True, str(error))
