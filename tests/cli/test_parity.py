@@ -107,6 +107,28 @@ def test_other_weights_are_different(folder: Path, capsys: Capture) -> None:
     assert [entry["tensor"] for entry in found["attribution"]["tensors"]] == ["layers.0.attn.wq_a.weight"]
 
 
+def test_each_key_holds_what_its_name_says(folder: Path, capsys: Capture) -> None:
+    """On another checkpoint, embedding included, where no two figures are equal."""
+    found = run(folder, "other", "--against", "native", *SHORT, capsys=capsys, exit_code=1)
+    spread, (layer,) = found["logits"]["kl"], found["layers"]
+    assert (found["kl_mean"], found["kl_max"], found["top1"]) == (
+        spread["mean"],
+        spread["max"],
+        found["logits"]["top1"],
+    )
+    assert found["kl_max"] == max(found["logits"]["kl_by_token"]) > found["kl_mean"] > 0
+    assert layer["isolated_rel_err"] == layer["isolated"]["rel_err"]
+    assert layer["accumulated_rel_err"] == layer["accumulated"]["rel_err"] != layer["isolated_rel_err"]
+    assert layer["cosine"] == layer["accumulated"]["cosine"] != layer["isolated"]["cosine"]
+    assert layer["expert_agreement"] == layer["isolated_routing"]["agreement"]
+    assert (layer["kind"], layer["routing"], layer["departs"]) == ("window", "hash", True)
+    variants = [own["logits"] for own in found["noise_floor"]["variants"].values()]
+    assert found["noise_floor"]["kl_mean"] == max(own["kl"]["mean"] for own in variants) > 0
+    assert found["noise_floor"]["kl_max"] == max(own["kl"]["max"] for own in variants)
+    assert found["noise_floor"]["top1"] == min(own["top1"] for own in variants)
+    assert found["attribution"]["module"] == "embedding"
+
+
 def test_text_output(folder: Path, capsys: Capture) -> None:
     """The verdict first; failures are told on stderr, with what to do next."""
     assert main(["parity", str(folder / "fp8"), "--against", str(folder / "native"), *SHORT]) == 0
