@@ -87,7 +87,7 @@ def test_as_many_tokens_as_asked_for(length: int) -> None:
 def test_a_model_of_a_short_context() -> None:
     config = V4Config.from_json(synth_config("flash", tiny=True)[0] | {"max_position_embeddings": 100}, "test")
     assert [len(ids) for ids in built_prompts(config, None, None).ids] == [100, 16]
-    with pytest.raises(UsageError, match="has 184 tokens, expected 1 to 100"):
+    with pytest.raises(UsageError, match="200 tokens are to be built, expected at most 100"):
         built_prompts(config, 200, None)
 
 

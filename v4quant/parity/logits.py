@@ -6,6 +6,7 @@ Sums are taken piece by piece with a running maximum, in float64, so that equal 
 vocabulary; memory is some pieces of [T, 8192].
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,11 +33,9 @@ class Spread:
     @classmethod
     def of(cls, values: torch.Tensor) -> "Spread":
         """Of float64 [T]."""
+        p99 = float(torch.quantile(values, 0.99))  # NaN between two infinities
         return cls(
-            float(values.mean()),
-            float(values.median()),
-            float(torch.quantile(values, 0.99, interpolation="higher")),
-            float(values.max()),
+            float(values.mean()), float(values.median()), math.inf if math.isnan(p99) else p99, float(values.max())
         )
 
 

@@ -113,7 +113,8 @@ def needed_tokens(config: V4Config) -> int:
     if _HCA in ratios:
         needs.append(2 * _HCA)
     short = min(_SHORT, config.sliding_window // 2)
-    return min(max(needs) + DECODE_STEPS + short, config.max_position_embeddings)
+    longest = min(max(needs) + DECODE_STEPS, config.max_position_embeddings)
+    return longest + (short if longest >= 2 * short else 0)
 
 
 def read_prompts(path: Path, config: V4Config, prefill: int | None) -> Prompts:
