@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tests.checkpoint.conversion import edit, write_small
 from tests.cli.broken_inputs import CASES, CONFIGS, INDEXES, NUMBERS, SHARDS, TENSORS, Case
 from tests.cli.test_broken_inputs import assert_one_clear_message
+from tests.model.references import named
+from tests.parity.runs import with_config
 from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.cli.main import main
 
@@ -363,3 +365,22 @@ def test_a_checkpoint_that_computes_nan(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert message in assert_one_clear_message(printed.err)
+
+
+def test_the_reference_says_which_tokens_are_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A candidate with a shorter context would be tested on prompts that leave paths out."""
+    reference = named("tiny-base").folder
+    short = with_config(reference, tmp_path / "short", max_position_embeddings=33)
+    assert main(["parity", str(short), "--against", str(reference)]) == 2
+    assert "has 296 tokens, expected 1 to 33" in capsys.readouterr().err
+
+
+def test_no_earlier_report_is_taken_for_a_new_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, other, report = named("tiny-base").folder, named("tiny-flash").folder, tmp_path / "report"
+    arguments = ["--against", str(base), "--length", "20", "--report", str(report)]
+    assert main(["parity", str(base), *arguments]) == 0
+    assert sorted(path.name for path in report.iterdir()) == ["parity.json", "report.html"]
+    assert main(["parity", str(base), *arguments]) == 5
+    assert main(["parity", str(other), *arguments, "--overwrite"]) == 2
+    assert not list(report.iterdir())
+    capsys.readouterr()

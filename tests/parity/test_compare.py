@@ -233,6 +233,8 @@ def test_a_lost_mtp_block_is_different(tmp_path: Path) -> None:
     assert blamed(comparison) == (None, "mtp")
     found = comparison.outcome.logits
     assert found is not None and found.found.bit_equal == 1.0
+    without_mtp_tokens = built_prompts(open_checkpoint(folder).config, 60, 1)
+    assert compared(kept, folder, without_mtp_tokens).judgement.verdict is Verdict.DIFFERENT
 
 
 def _write_without_mtp(source: Path, out: Path) -> None:

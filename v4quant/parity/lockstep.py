@@ -132,7 +132,7 @@ class Lockstep:
     @cached_property
     def mtp_chunking(self) -> Chunking:
         """Of the tokens that an MTP block takes in."""
-        _, following, _ = self._mtp_tokens()
+        _, following, _ = self._mtp_tokens
         return Chunking(Schedule.of(following), Schedule.of(following, self._prompts.other_sizes))
 
     @property
@@ -173,7 +173,7 @@ class Lockstep:
     def _run_mtp(self, outcome: Outcome, runs: Runs, last: torch.Tensor, watch: Watch, progress: Progress) -> None:
         """The MTP block and its head; `last` are the reference's streams after the last layer."""
         mark = self._mark()
-        rows, _, targets = self._mtp_tokens()
+        rows, _, targets = self._mtp_tokens
         chunking = self.mtp_chunking
         self._reference.enter_mtp(rows, chunking, last)
         before = runs.enter_mtp(rows, chunking, last)
@@ -219,6 +219,7 @@ class Lockstep:
         noise = dict(zip((ORDER, CHUNKS), rest, strict=False))
         return LogitOutcome(found, rest[-1] if logits.isolated else None, noise)
 
+    @cached_property
     def _mtp_tokens(self) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """Rows that the MTP block predicts from, the tokens that follow them by prompt, and those after, int64 [M]."""
         rows, following, targets, first = [], [], [], 0

@@ -30,9 +30,8 @@ def in_words(task: Task, comparison: Comparison, who: Blame | None) -> str:
     found, tokens = outcome.logits.found, f"{outcome.tokens:,} tokens"
     verdict = comparison.judgement.verdict
     if verdict is Verdict.IDENTICAL:
-        text = f"The candidate computes the same logits as the reference, bit by bit, on all {tokens}."
-        if outcome.mtp_logits is None:
-            text = text.replace("the same logits", "the same next-token logits")
+        which = "logits" if outcome.mtp_logits else "next-token logits"
+        text = f"The candidate computes the same {which} as the reference, bit by bit, on all {tokens}."
     elif verdict is Verdict.INDISTINGUISHABLE:
         floor = max(own.kl.mean for own in outcome.logits.noise.values())
         whose = "the reference is" if outcome.noise_of == "reference" else "the candidate is"
