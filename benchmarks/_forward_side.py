@@ -64,7 +64,7 @@ def ours(source: Path, layer: int, tokens: int, passes: int) -> dict[str, Any]:
 def seconds_to_read(weights: Any, prefix: str) -> float:
     """Read every tensor of a layer and do nothing with it."""
     start = time.perf_counter()
-    checkpoint = weights.checkpoint
+    checkpoint = weights.source
     buffer = bytearray(max(entry.bytes for name, entry in checkpoint.tensors.items() if name.startswith(prefix)))
     for name, entry in checkpoint.tensors.items():
         if name.startswith(prefix):

@@ -60,6 +60,9 @@ class Float32:
     def linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         return self.multiply(x, matrix)
 
+    def partial(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        return self.multiply(x, matrix)
+
     def plain_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, weight.float())
 

@@ -53,6 +53,9 @@ class Operations(Protocol):
     def linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """prepare, then multiply."""
 
+    def partial(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        """The same of some columns, x [T, k] times [N, k], before it is rounded: float32 [T, N], to be added up."""
+
     def plain_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Activations [T, K] times a BF16 weight [N, K], as it is: [T, N]."""
 

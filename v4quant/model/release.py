@@ -27,6 +27,8 @@ from v4quant.model.operations import multiply_each
 from v4quant.model.weights import CompressorWeights, HyperWeights, Matrix
 
 ACTIVATION_BLOCK = 128
+# Values of a weight that are made FP32 at a time.
+_WIDE_VALUES = 2**22
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,16 @@ class Release:
 
     def linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         return self.multiply(x if matrix.scale is not None else self.prepare(x, matrix), matrix)
+
+    def partial(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        if matrix.scale is not None:
+            return self.multiply(x, matrix).float()  # the kernel rounds to BF16
+        return self._wide_product(self.prepare(x, matrix).float(), matrix.weight)
+
+    def _wide_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """float32 [T, K] times a decoded weight [N, K]: float32 [T, N]."""
+        rows = max(1, _WIDE_VALUES // weight.shape[1])
+        return torch.cat([functional.linear(x, piece.float()) for piece in torch.split(weight, rows)], 1)
 
     def plain_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, weight)

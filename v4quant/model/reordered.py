@@ -30,6 +30,9 @@ class Reordered(Release):
     def wide_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self._backwards(x, weight)
 
+    def _wide_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return super()._wide_product(x.flip(1), weight.flip(1))
+
     def _backwards(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         turned, rows = x.flip(1), max(1, _PIECE_VALUES // weight.shape[1])
         parts = [torch.nn.functional.linear(turned, piece.flip(1)) for piece in torch.split(weight, rows)]
