@@ -14,11 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from v4quant.checkpoint.process_environment import ProcessEnvironment
 from v4quant.checkpoint.process_store import LOST_HINT, POLL_SECONDS, JobStore, LostProcessError, connect
 from v4quant.errors import InterruptedRunError, V4QuantError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 Advance = Callable[[int, str], None]
 BEAT_SECONDS = 1.0
@@ -81,6 +84,11 @@ class ProcessGroup:
     def token(self) -> str:
         """Random text that all processes share and no other job, or earlier attempt at this one, has; "" for one."""
         return self._store.token if self._store else ""
+
+    def store_part(self, name: str) -> "Store":
+        """A part of the store of this job, in which collectives of torch.distributed may meet; of several processes."""
+        assert self._store is not None, "a group of one has no store"
+        return self._store.part(name)
 
     def barrier(self) -> None:
         """Wait until all processes are here."""

@@ -84,6 +84,12 @@ class JobStore:
         with _store_errors():
             self._store.delete_key(self._key(topic))
 
+    def part(self, name: str) -> "Store":
+        """A part of the store under a name of its own, for those who speak to torch.distributed themselves."""
+        from torch.distributed import PrefixStore
+
+        return PrefixStore(self._key(name), self._store)
+
     def _key(self, topic: str) -> str:
         return f"v4quant/{self.token}/{topic}"
 

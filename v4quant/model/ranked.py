@@ -24,6 +24,7 @@ from v4quant.model.counted import Counted
 from v4quant.model.head import Piece, vocabulary_pieces
 from v4quant.model.operations import Operations, operations
 from v4quant.model.rank_worker import Answer, How, Order, RankPass, RankWorker, Taken, on_device
+from v4quant.model.process_ranks import ProcessRanks
 from v4quant.model.ranks import Ranks
 from v4quant.model.streaming import BlockResult, Pass, Schedule, checked_schedule
 from v4quant.model.virtual_ranks import VirtualRanks
@@ -38,8 +39,8 @@ class Crew(Protocol):
     def call(self, order: Any) -> list[Any]:
         """Ask every rank the same; their answers, in rank order."""
 
-    def close(self) -> None:
-        """Let them go."""
+    def close(self, *, in_order: bool) -> None:
+        """Let them go; in order, if the run came to its end."""
 
 
 class RankedModel:
@@ -71,7 +72,7 @@ class RankedModel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.crew.close()
+        self.crew.close(in_order=error is None)
 
     @property
     def bytes_read(self) -> int:
@@ -173,6 +174,43 @@ def virtual_model(
         return RankWorker(sharded.ranks[ranks.place.rank], arithmetic, device, config, ranks)
 
     return RankedModel(sharded, arithmetic, device, config, VirtualRanks(sharded.grid, worker))
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What processes need to know to begin."""
+
+    arithmetic: Arithmetic
+    config: V4Config
+
+
+def process_model(
+    sharded: Sharded,
+    arithmetic: Arithmetic,
+    device: torch.device | str,
+    processes: ProcessRanks,
+    config: V4Config | None = None,
+) -> RankedModel:
+    """A sharded checkpoint whose ranks are processes, in the first of them; the others `serve_rank`.
+
+    Args:
+        device: of this process.
+        config: to run by, if not the checkpoint's own; of the same shapes.
+    """
+    config = config or sharded.config
+    own = RankWorker(sharded.ranks[0], arithmetic, device, config, processes.ranks)
+    processes.start(_Setup(arithmetic, config), own)
+    return RankedModel(sharded, arithmetic, device, config, processes)
+
+
+def serve_rank(sharded: Sharded, device: torch.device | str, processes: ProcessRanks) -> None:
+    """Be a rank of a model that the first process runs, until it is done."""
+    tensors, ranks = sharded.ranks[processes.ranks.place.rank], processes.ranks
+
+    def worker(setup: _Setup) -> RankWorker:
+        return RankWorker(tensors, setup.arithmetic, device, setup.config, ranks)
+
+    processes.serve(worker)
 
 
 def describe_ranks(grid: Grid, how: str) -> dict[str, Any]:

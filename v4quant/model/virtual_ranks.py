@@ -60,7 +60,7 @@ class _ThreadGroup(Group):
 
 
 class VirtualRanks:
-    """All ranks of a grid as threads of this process; a context manager."""
+    """All ranks of a grid as threads of this process, until `close`."""
 
     how = "virtual"
 
@@ -87,19 +87,13 @@ class VirtualRanks:
                 thread.start()
             self._collect()
         except BaseException:
-            self.close()
+            self.close(in_order=False)
             raise
         finally:
             torch.set_num_threads(before)  # what threads to come begin with was changed too
 
-    def __enter__(self) -> "VirtualRanks":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End all threads."""
+    def close(self, *, in_order: bool = True) -> None:
+        """End all threads, whether or not the run came to its end in order."""
         self._call_off()
         for orders in self._orders:
             orders.put(None)
@@ -157,8 +151,8 @@ class VirtualRanks:
 
     def _connected(self, grid: Grid) -> list[Ranks]:
         """Every rank with its groups."""
-        tensor = {key: self._groups(members) for key, members in _members(grid, lambda p: (p.stage, p.ep_rank)).items()}
-        stage = {key: self._groups(members) for key, members in _members(grid, lambda p: (p.stage, 0)).items()}
+        tensor = {key: self._groups(members) for key, members in ranks_in_common(grid, lambda own: (own.stage, own.ep_rank)).items()}
+        stage = {key: self._groups(members) for key, members in ranks_in_common(grid, lambda own: (own.stage, 0)).items()}
         return [
             Ranks(place, tensor[place.stage, place.ep_rank][place.rank], stage[place.stage, 0][place.rank])
             for place in grid.places
@@ -173,7 +167,7 @@ class VirtualRanks:
         return {rank: _ThreadGroup(meeting, number, len(members)) for number, rank in enumerate(members)}
 
 
-def _members(grid: Grid, key: Callable[[Place], tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
+def ranks_in_common(grid: Grid, key: Callable[[Place], tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
     """Ranks by what they have in common, each in rank order."""
     found: dict[tuple[int, int], list[int]] = {}
     for place in grid.places:
