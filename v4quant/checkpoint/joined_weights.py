@@ -37,6 +37,10 @@ class JoinedWeights:
         """True if any rank stores this tensor."""
         return any(weights.has(name) for _, weights in self._ranks)
 
+    def ranks_of(self, name: str) -> list[int]:
+        """Numbers of the ranks that hold a tensor or a part of it."""
+        return [place.rank for place, weights in self._ranks if weights.has(name)]
+
     def encoding(self, module: str) -> Encoding:
         """As Weights.encoding."""
         return self._parts(f"{module}.weight")[0][0].encoding(module)

@@ -14,14 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from v4quant.checkpoint.process_environment import ProcessEnvironment
 from v4quant.checkpoint.process_store import LOST_HINT, POLL_SECONDS, JobStore, LostProcessError, connect
 from v4quant.errors import InterruptedRunError, V4QuantError
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 Advance = Callable[[int, str], None]
 BEAT_SECONDS = 1.0
@@ -85,8 +82,8 @@ class ProcessGroup:
         """Random text that all processes share and no other job, or earlier attempt at this one, has; "" for one."""
         return self._store.token if self._store else ""
 
-    def store_part(self, name: str) -> "Store":
-        """A part of the store of this job, in which collectives of torch.distributed may meet; of several processes."""
+    def store_part(self, name: str) -> Any:
+        """A torch.distributed.Store of this job, in which collectives can meet; of several processes."""
         assert self._store is not None, "a group of one has no store"
         return self._store.part(name)
 

@@ -16,7 +16,7 @@ from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.grid import Grid, Place
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.index import INDEX_NAME
-from v4quant.checkpoint.reader import SHARDS_NAME
+from v4quant.checkpoint.reader import SHARDS_NAME, Checkpoint, open_checkpoint
 from v4quant.checkpoint.tp_folder import TpFolder, open_tp_folder
 from v4quant.checkpoint.tp_layout import EXTRA_NAME, FILE_PREFIX
 from v4quant.config import CONFIG_NAME, MAX_CONFIG_BYTES, V4Config, parse_config_json
@@ -100,9 +100,18 @@ class Sharded:
         return self.source
 
 
-def is_sharded(folder: Path) -> bool:
-    """Whether a folder is one that `v4quant shard` wrote."""
-    return (folder / SHARDS_NAME).is_file()
+def open_stored(folder: Path) -> Checkpoint | Sharded:
+    """Open a checkpoint, whole, or sharded by `v4quant shard`; no tensor data is read.
+
+    Raises:
+        CheckpointError: if it is none, has problems, or is not whole.
+        UsageError: if its config is not that of a supported V4 model.
+    """
+    if (folder / SHARDS_NAME).is_file():
+        return open_sharded(folder)
+    checkpoint = open_checkpoint(folder)
+    checkpoint.require_sound()
+    return checkpoint
 
 
 def open_sharded(folder: Path) -> Sharded:

@@ -1,7 +1,7 @@
 """From residual streams to logits, and from token ids to residual streams.
 
 T tokens, S streams of d dims, V vocabulary. The head's product is FP32, as in DeepSeek's released inference code. Ranks
-share the rows of both tables: embeddings are added up, each row being zero in all ranks but one; logits lie side by side.
+share the rows of both tables: embeddings are added up, a row being zero in all ranks but one; logits lie side by side.
 """
 
 from collections.abc import Iterable, Iterator

@@ -3,7 +3,8 @@
     score(t, e) = sum_h w_h(t) relu(q_h(t) . k_e),   w = weights_proj x * I^-1/2 H^-1/2;   the best k visible entries
 
 T tokens, H heads of I dims (64 of 128), entries of ratio 4. Ranks that share the heads show each other their queries,
-and each scores for all heads: the sum is one rank's, bit by bit, and so are the picks. Source: `Indexer` of DeepSeek's released inference code.
+and each scores for all heads: sums and picks are those of one rank, bit by bit. Source: `Indexer` of DeepSeek's
+released inference code.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Ranks as processes that torchrun has started: one a rank, NCCL between GPUs, gloo for all else.
 
-Tensors are gathered whole and added up by every rank for itself (ranks.py), so bits are those of virtual ranks. Orders and
-answers are pickled: they go between processes of one job, which trust each other. Whoever waits looks every now and then
+Tensors are gathered whole and added up by every rank for itself (ranks.py), so bits are those of virtual ranks. Orders
+and answers are pickled: they go between processes of one job, which trust each other. Whoever waits looks now and then
 whether the others are still at work (process_group.py), so that all end when one does.
 """
 
@@ -19,7 +19,8 @@ from torch import distributed
 from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.process_group import ProcessGroup
 from v4quant.checkpoint.process_store import LOST_HINT, LostProcessError
-from v4quant.errors import UsageError
+from v4quant.checkpoint.rank_tensors import Sharded
+from v4quant.errors import CheckpointError, UsageError
 from v4quant.model.ranks import Alone, Group, Ranks, Take
 from v4quant.model.virtual_ranks import Worker, ranks_in_common
 
@@ -206,9 +207,23 @@ def require_processes(grid: Grid, size: int) -> None:
     if size != grid.ranks:
         raise UsageError(
             f"{size:,} processes were started for a checkpoint of {grid.ranks:,} ranks ({grid}), expected one a rank",
-            hint=f"Start it with: torchrun --nproc-per-node {grid.ranks} -m v4quant ..., or without torchrun, which runs "
-            "all ranks in one process.",
+            hint=f"Start it with: torchrun --nproc-per-node {grid.ranks} -m v4quant ... Without torchrun all ranks run in "
+            "one process.",
         )
+
+
+def require_same_source(sharded: Sharded, group: ProcessGroup) -> None:
+    """Refuse processes that have opened different checkpoints, on machines that do not share a folder.
+
+    Raises:
+        CheckpointError: in the first process, if there are any.
+    """
+    for rank, source in enumerate(group.gather(sharded.source_id())):
+        if source != sharded.source_id():
+            raise CheckpointError(
+                f"{sharded.where}: process {rank} finds another sharded checkpoint there than process 0",
+                hint="Give all processes the same folder, or copies of it.",
+            )
 
 
 def _bytes_of(message: Any) -> torch.Tensor:

@@ -128,7 +128,10 @@ class RankWorker:
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """Streams before layer 0, [T, S, d]."""
-        return self._told(self._model.embed(input_ids)) if self._place.stage == 0 else None
+        if self._place.stage:
+            return None
+        streams = self._model.embed(input_ids)
+        return streams if self._tells else None
 
     def begin(self, first: int, stop: int) -> None:
         """Get ready for layers first to stop - 1."""
@@ -156,11 +159,12 @@ class RankWorker:
         if not self._is_last:
             return None
         pairs = [(streams, self._ops(how)) for streams, how in runs]
-        return self._told(self._model.mtp_inputs(index, pairs, next_ids))
+        found = self._model.mtp_inputs(index, pairs, next_ids)
+        return found if self._tells else None
 
     def collapse(self, mtp: int | None, streams: torch.Tensor, how: How) -> torch.Tensor | None:
         """What streams bring to the vocabulary matrix, float32 [T, d]."""
-        return self._told(self._head(mtp).collapse(streams, self._ops(how))) if self._is_last else None
+        return self._head(mtp).collapse(streams, self._ops(how)) if self._is_last and self._tells else None
 
     def product(self, mtp: int | None, x: torch.Tensor, piece: range, how: How) -> torch.Tensor | None:
         """Logits of the rows of a piece that this rank holds, float32 [T, held]."""
@@ -180,9 +184,6 @@ class RankWorker:
     def _tells(self) -> bool:
         """Whether it is the first rank of its stage."""
         return self._place.expert_share == 0
-
-    def _told(self, value: Any) -> Any:
-        return value if self._tells else None
 
     def _ops(self, how: How) -> Operations:
         if how is How.COUNTED:

@@ -4,29 +4,30 @@
     order, with streams   ->   does its part, and exchanges what must be added up with those of its stage
     answers               <-   streams, from the stage's first rank; logits, from each its part of the vocabulary
 
-What ranks compute alike begins with the same bits in each block, because its input comes from here. Ranks are threads of
-this process (virtual_ranks.py) or processes that torchrun has started (process_ranks.py).
+What ranks compute alike begins with the same bits in each block, because its input comes from here. Ranks are threads
+of this process (virtual_ranks.py) or processes that torchrun has started (process_ranks.py).
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 
-from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.rank_tensors import Sharded
+from v4quant.checkpoint.reader import Checkpoint
 from v4quant.config import V4Config
 from v4quant.model.arithmetic import Arithmetic
 from v4quant.model.counted import Counted
 from v4quant.model.head import Piece, vocabulary_pieces
 from v4quant.model.operations import Operations, operations
-from v4quant.model.rank_worker import Answer, How, Order, RankPass, RankWorker, Taken, on_device
 from v4quant.model.process_ranks import ProcessRanks
+from v4quant.model.rank_worker import Answer, How, Order, RankPass, RankWorker, Taken, on_device
 from v4quant.model.ranks import Ranks
-from v4quant.model.streaming import BlockResult, Pass, Schedule, checked_schedule
+from v4quant.model.streaming import BlockResult, Model, Pass, Schedule, StreamedModel, checked_schedule
 from v4quant.model.virtual_ranks import VirtualRanks
 
 
@@ -85,7 +86,8 @@ class RankedModel:
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """What goes into the first layer: activations [T, S, d]."""
-        return self.tell("embed", input_ids)
+        streams: torch.Tensor = self.tell("embed", input_ids)
+        return streams
 
     def blocks(self, first: int, stop: int) -> Iterator["_Block"]:
         """Layers first to stop - 1, each with the next one being read."""
@@ -101,7 +103,9 @@ class RankedModel:
         self, index: int, runs: Sequence[tuple[torch.Tensor, Operations]], next_ids: torch.Tensor
     ) -> list[torch.Tensor]:
         """As StreamedModel.mtp_inputs."""
-        return self.tell("mtp_inputs", index, [(streams, How.of(ops)) for streams, ops in runs], next_ids)
+        named = [(streams, How.of(ops)) for streams, ops in runs]
+        found: list[torch.Tensor] = self.tell("mtp_inputs", index, named, next_ids)
+        return found
 
     def head(self, mtp: int | None = None) -> "_Head":
         """The model's head, or that of an MTP block."""
@@ -213,6 +217,25 @@ def serve_rank(sharded: Sharded, device: torch.device | str, processes: ProcessR
     processes.serve(worker)
 
 
-def describe_ranks(grid: Grid, how: str) -> dict[str, Any]:
-    """How a sharded checkpoint is run, in plain values."""
-    return {"how": how, "ranks": grid.ranks, "tp": grid.tp, "ep": grid.ep, "pp": grid.pp}
+def model_of(
+    source: Checkpoint | Sharded,
+    arithmetic: Arithmetic,
+    device: torch.device | str,
+    *,
+    config: V4Config | None = None,
+    processes: ProcessRanks | None = None,
+) -> AbstractContextManager[Model]:
+    """A checkpoint ready to run: a whole one here, a sharded one by its ranks.
+
+    Args:
+        config: to run by, if not the checkpoint's own; of the same shapes.
+        processes: a sharded one's ranks, of which this process is the first; None for threads of this process.
+
+    Raises:
+        CheckpointError: if the checkpoint has problems.
+    """
+    if not isinstance(source, Sharded):
+        return StreamedModel(source, arithmetic, device, config=config)
+    if processes is None:
+        return virtual_model(source, arithmetic, device, config)
+    return process_model(source, arithmetic, device, processes, config)

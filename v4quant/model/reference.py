@@ -18,8 +18,8 @@ import torch
 from v4quant.checkpoint.tensor_file import TensorFile, TensorWriter
 from v4quant.config import V4Config
 from v4quant.errors import CheckpointError, UsageError
-from v4quant.model.mtp import runnable_mtp_blocks
 from v4quant.model.head import logits
+from v4quant.model.mtp import runnable_mtp_blocks
 from v4quant.model.streaming import BlockResult, Model, Pass, Schedule, take
 
 # Tokens whose logits are in memory at a time: 265 MB with the released vocabulary of 129,280.
@@ -164,9 +164,7 @@ def _write_layer(writer: TensorWriter, name: str, result: BlockResult, prefill: 
         writer.write(f"{name}.indexer_topk", torch.where(picks >= 0, picks + prefill, -1))
 
 
-def _write_logits(
-    writer: TensorWriter, name: str, model: Model, streams: torch.Tensor, mtp: int | None
-) -> None:
+def _write_logits(writer: TensorWriter, name: str, model: Model, streams: torch.Tensor, mtp: int | None) -> None:
     head = model.head(mtp)
     for first in range(0, len(streams), _LOGIT_ROWS):
         writer.write(name, logits(head, streams[first : first + _LOGIT_ROWS]), first)

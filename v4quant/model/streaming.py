@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from v4quant.checkpoint.grid import Grid
 from v4quant.config import V4Config
 from v4quant.model.arithmetic import Arithmetic
 from v4quant.model.block import Block, feed_forward_each
@@ -171,6 +172,7 @@ class Model(Protocol):
         source_id: what tells its weights from others.
         ops: the operations of a plain run.
         arithmetic, device: of the run.
+        grid: how ranks share it.
     """
 
     config: V4Config
@@ -178,6 +180,7 @@ class Model(Protocol):
     ops: Operations
     arithmetic: Arithmetic
     device: torch.device
+    grid: Grid
 
     @property
     def bytes_read(self) -> int:
@@ -239,6 +242,7 @@ class StreamedModel:
         self.reader = Reader(source, arithmetic or Arithmetic(), device, ranks)
         self.arithmetic, self.device = self.reader.arithmetic, self.reader.device
         self.ops = operations(self.config, self.arithmetic)
+        self.grid = ranks.place.grid
         self._experts = ExpertReader(self.reader)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blocks")
 

@@ -94,6 +94,7 @@ class VirtualRanks:
 
     def close(self, *, in_order: bool = True) -> None:
         """End all threads, whether or not the run came to its end in order."""
+        del in_order
         self._call_off()
         for orders in self._orders:
             orders.put(None)
@@ -151,8 +152,13 @@ class VirtualRanks:
 
     def _connected(self, grid: Grid) -> list[Ranks]:
         """Every rank with its groups."""
-        tensor = {key: self._groups(members) for key, members in ranks_in_common(grid, lambda own: (own.stage, own.ep_rank)).items()}
-        stage = {key: self._groups(members) for key, members in ranks_in_common(grid, lambda own: (own.stage, 0)).items()}
+        tensor = {
+            key: self._groups(members)
+            for key, members in ranks_in_common(grid, lambda own: (own.stage, own.ep_rank)).items()
+        }
+        stage = {
+            key: self._groups(members) for key, members in ranks_in_common(grid, lambda own: (own.stage, 0)).items()
+        }
         return [
             Ranks(place, tensor[place.stage, place.ep_rank][place.rank], stage[place.stage, 0][place.rank])
             for place in grid.places

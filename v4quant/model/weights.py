@@ -19,7 +19,6 @@ from v4quant.model.arithmetic import Activations, Arithmetic, Products
 from v4quant.model.ranks import ONE_RANK, Ranks
 from v4quant.names import block_prefix
 
-
 Stored = Checkpoint | RankTensors | Sharded
 """What a run reads: a checkpoint, what one rank holds, or a sharded checkpoint put together as it is read."""
 

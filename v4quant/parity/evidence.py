@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -16,25 +17,43 @@ import v4quant
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME
 from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.index import INDEX_NAME
+from v4quant.checkpoint.rank_tensors import Sharded
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.config import CONFIG_NAME, V4Config
 
 # Keys of a config that say how weights are stored, not what is computed.
 _STORAGE_KEYS = {"expert_dtype", "quantization_config"}
+_HASHED = (INDEX_NAME, CONFIG_NAME, CERTIFICATE_NAME)
 _HASH_BYTES = 4 * 2**20
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint: its place, form, and the hashes of what describes its bytes."""
+def describe(checkpoint: Checkpoint | Sharded, how: str = "") -> dict[str, Any]:
+    """A checkpoint: its place, form, and the hashes of what describes its bytes.
+
+    Args:
+        how: a sharded checkpoint's ranks were run: "virtual" or "processes". Hashes are those of the checkpoint that it
+            was made from.
+    """
+    if isinstance(checkpoint, Sharded):
+        hashes, grid = checkpoint.sha256, checkpoint.grid
+        ranks = {"how": how, "ranks": grid.ranks, "tp": grid.tp, "ep": grid.ep, "pp": grid.pp}
+        return _facts(checkpoint, hashes, ranks)
+    return _facts(checkpoint, {name: _sha256(checkpoint.files, name) for name in _HASHED}, None)
+
+
+def _facts(
+    checkpoint: Checkpoint | Sharded, sha256: Mapping[str, str | None], ranks: dict[str, Any] | None
+) -> dict[str, Any]:
     return {
         "path": checkpoint.where,
         "release": checkpoint.release,
         "format": checkpoint.scheme.name,
         "source_id": checkpoint.source_id(),
-        "index_sha256": _sha256(checkpoint.files, INDEX_NAME),
-        "config_sha256": _sha256(checkpoint.files, CONFIG_NAME),
-        "certificate_sha256": _sha256(checkpoint.files, CERTIFICATE_NAME),
+        "index_sha256": sha256.get(INDEX_NAME),
+        "config_sha256": sha256.get(CONFIG_NAME),
+        "certificate_sha256": sha256.get(CERTIFICATE_NAME),
         "bytes": checkpoint.bytes,
+        "ranks": ranks,
     }
 
 
@@ -47,11 +66,12 @@ def _sha256(files: Files, name: str) -> str | None:
     return digest.hexdigest()
 
 
-def bytes_by_role(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes of tensor data by role, MTP blocks apart, as `inspect` counts them."""
+def bytes_by_role(checkpoint: Checkpoint | Sharded) -> dict[str, int]:
+    """Bytes of tensor data by role, MTP blocks apart, as `inspect` counts them; of all ranks."""
     totals: Counter[str] = Counter()
-    for name, entry in checkpoint.tensors.items():
-        totals[checkpoint.parsed[name].group] += entry.bytes
+    for part in checkpoint.ranks if isinstance(checkpoint, Sharded) else [checkpoint]:
+        for name, entry in part.tensors.items():
+            totals[part.parsed[name].group] += entry.bytes
     return dict(totals)
 
 

@@ -191,7 +191,7 @@ class Lockstep:
         """Take the candidate through a block and compare with what was expected; `mark` is when the block began."""
         answers = runs.take(block, before)
         counts = runs.counted.take()
-        executed = executed_by(counts, self._model.config, block.ratio, runs.plain.schedule)
+        executed = executed_by(counts, self._model.config, block.ratio, runs.plain.schedule, self._model.grid)
         isolated = accumulated = None
         if expected.result is not None:
             isolated = _compare_known(answers.isolated, expected.result)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from v4quant.model.block import Block
 from v4quant.model.counted import Counted
 from v4quant.model.operations import Operations
 from v4quant.model.reordered import Reordered
-from v4quant.model.block import Block
 from v4quant.model.streaming import BlockResult, Model, Pass, RemoteBlock, Schedule, take
 from v4quant.parity.figures import BlockFigures, compare_block
 from v4quant.parity.logits import Collapsed
