@@ -73,7 +73,7 @@ def attention(
     out = x.new_empty(len(x), weights.wo_a.shape[0] * weights.wo_a.shape[1]) if is_shared else torch.empty_like(x)
     for piece in query_pieces(len(x), x.device):
         part = [keys.of(piece) for keys in picked]
-        groups = _attend(qr[piece], cos_sin[piece], part, weights, config, ops)
+        groups = _attend(qr[piece], cos_sin[piece], part, weights, config, ops, ranks)
         out[piece] = groups if is_shared else ops.linear(groups, weights.wo_b)
     if is_shared:
         out = ranks.sum(ops.partial(out, weights.wo_b)).to(x.dtype)
@@ -88,10 +88,11 @@ def _attend(
     weights: AttentionWeights,
     config: V4Config,
     ops: Operations,
+    ranks: Group,
 ) -> torch.Tensor:
     """From some queries' input [t, q] and the entries that they picked to what wo_b takes, [t, g r]."""
     q = ops.linear(qr, weights.wq_b).view(len(qr), -1, config.head_dim)  # [t, H, D]
-    q = ops.rope_(ops.query_norm_(q), cos_sin)
+    q = ops.rope_(ops.query_norm_(q, ranks), cos_sin)
     out = ops.rope_(ops.attend(q, weights.sink, picked), cos_sin, inverse=True)  # [t, H, D]
     return ops.grouped_linear(out.view(len(qr), len(weights.wo_a), -1), weights.wo_a).flatten(1)
 

@@ -207,7 +207,7 @@ def require_processes(grid: Grid, size: int) -> None:
     if size != grid.ranks:
         raise UsageError(
             f"{size:,} processes were started for a checkpoint of {grid.ranks:,} ranks ({grid}), expected one a rank",
-            hint=f"Start it with: torchrun --nproc-per-node {grid.ranks} -m v4quant ... Without torchrun all ranks run in "
+            hint=f"Start it with: torchrun --nproc-per-node {grid.ranks} -m v4quant ... Without it all ranks run in "
             "one process.",
         )
 

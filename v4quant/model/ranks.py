@@ -90,4 +90,5 @@ class Ranks:
     stage: Group
 
 
-ONE_RANK = Ranks(Grid(1).place(0), Alone(), Alone())
+ALONE = Alone()
+ONE_RANK = Ranks(Grid(1).place(0), ALONE, ALONE)

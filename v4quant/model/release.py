@@ -11,6 +11,7 @@ from v4quant.config import V4Config
 from v4quant.kernels.act_quant_fp4 import act_round_fp4
 from v4quant.kernels.act_quant_fp8 import act_quant_fp8, act_round_fp8
 from v4quant.kernels.compress_kv import CompressorState, compress_kv
+from v4quant.kernels.dequantize import dequantize_fp8
 from v4quant.kernels.fp8_gemm import fp8_gemm
 from v4quant.kernels.hadamard import hadamard
 from v4quant.kernels.hyper_mix import hyper_collapse, hyper_combine, hyper_mix
@@ -24,6 +25,7 @@ from v4quant.kernels.rope import rope_
 from v4quant.kernels.sparse_attention import Picked, sparse_attention
 from v4quant.kernels.top_k import top_k
 from v4quant.model.operations import multiply_each
+from v4quant.model.ranks import ALONE, Group
 from v4quant.model.weights import CompressorWeights, HyperWeights, Matrix
 
 ACTIVATION_BLOCK = 128
@@ -95,9 +97,9 @@ class Release:
         return self.multiply(x if matrix.scale is not None else self.prepare(x, matrix), matrix)
 
     def partial(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        if matrix.scale is not None:
-            return self.multiply(x, matrix).float()  # the kernel rounds to BF16
-        return self._wide_product(self.prepare(x, matrix).float(), matrix.weight)
+        # Coded products come out in BF16, and rounded shares would be farther from the whole than any order of sums.
+        weight = matrix.weight if matrix.scale is None else dequantize_fp8(matrix.weight, matrix.scale)
+        return self._wide_product(self.prepare(x, matrix).float(), weight)
 
     def _wide_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """float32 [T, K] times a decoded weight [N, K]: float32 [T, N]."""
@@ -119,8 +121,10 @@ class Release:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, weight, self._config.rms_norm_eps)
 
-    def query_norm_(self, q: torch.Tensor) -> torch.Tensor:
-        return query_norm_(q, self._config.rms_norm_eps)
+    def query_norm_(self, q: torch.Tensor, heads: Group = ALONE) -> torch.Tensor:
+        own = slice(heads.rank * q.shape[1], (heads.rank + 1) * q.shape[1])
+        of_all = (lambda mean: (heads.join(mean, 1), own)) if heads.size > 1 else None
+        return query_norm_(q, self._config.rms_norm_eps, of_all)
 
     def rope_(self, x: torch.Tensor, cos_sin: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         return rope_(x, cos_sin, inverse)
