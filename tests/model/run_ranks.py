@@ -72,7 +72,7 @@ def main(whole: Path, folder: Path, grid: str, out: Path, fault: str = "") -> No
 
 if __name__ == "__main__":
     try:
-        main(*(Path(own) for own in sys.argv[1:3]), sys.argv[3], Path(sys.argv[4]), *sys.argv[5:])
+        main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), *sys.argv[5:])
     except EndedElsewhereError as ended:
         sys.exit(ended.exit_code)
     except V4QuantError as error:

@@ -21,7 +21,7 @@ from v4quant.model.arithmetic import Activations, Arithmetic, Products
 from v4quant.model.counted import Counted
 from v4quant.model.head import logits
 from v4quant.model.rank_worker import Order, RankWorker
-from v4quant.model.ranked import virtual_model
+from v4quant.model.ranked import RankedModel, virtual_model
 from v4quant.model.ranks import Ranks
 from v4quant.model.reordered import Reordered
 from v4quant.model.streaming import BlockResult, Model, Pass, StreamedModel, take
@@ -94,6 +94,7 @@ def test_the_mtp_block(grid: str, cuts: Callable[[str, str], Sharded]) -> None:
     with torch.inference_mode():
         streams, following = found[-1].streams[:40], BASE.ids[1:41]
         outputs = []
+        model: StreamedModel | RankedModel
         for model in (
             StreamedModel(open_checkpoint(BASE.folder)),
             virtual_model(cuts("tiny-base", grid), Arithmetic(), "cpu"),
@@ -130,6 +131,7 @@ def test_coded_products(grid: str, cuts: Callable[[str, str], Sharded]) -> None:
     with torch.inference_mode():
         arithmetic = Arithmetic(products=Products.CODED)
         found = []
+        model: StreamedModel | RankedModel
         for model in (
             StreamedModel(open_checkpoint(FLASH.folder), arithmetic),
             virtual_model(cuts("tiny-flash", grid), arithmetic, "cpu"),
@@ -147,6 +149,7 @@ def test_every_arithmetic(activations: Activations, cuts: Callable[[str, str], S
     inputs, _, _ = whole("tiny-base")
     with torch.inference_mode():
         found = []
+        model: StreamedModel | RankedModel
         for model in (
             StreamedModel(open_checkpoint(BASE.folder), Arithmetic(activations)),
             virtual_model(cuts("tiny-base", "tp2"), Arithmetic(activations), "cpu"),

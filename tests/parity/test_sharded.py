@@ -17,6 +17,7 @@ from v4quant.checkpoint.compare_shares import share_differences
 from v4quant.checkpoint.rank_tensors import Sharded, open_sharded
 from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.model import block
+from v4quant.model.experts import routed_experts
 from v4quant.parity.attribution import blame
 from v4quant.parity.compare import Comparison, Task, compare
 from v4quant.parity.prompts import Prompts, built_prompts
@@ -161,7 +162,7 @@ def only_in(rank: str, skipped: Callable[..., Any], usual: Callable[..., Any]) -
 
 def test_a_module_that_one_rank_does_not_run(flat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its experts, of which other ranks know nothing."""
-    skipped = only_in("rank 1", lambda asked, _: [own.empty() for own in asked], block.routed_experts)
+    skipped = only_in("rank 1", lambda asked, _: [own.empty() for own in asked], routed_experts)
     monkeypatch.setattr(block, "routed_experts", skipped)
     found = compared(open_sharded(flat), length=30)
     assert found.judgement.verdict is Verdict.DIFFERENT

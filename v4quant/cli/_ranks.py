@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from v4quant.errors import UsageError
 
@@ -53,10 +53,3 @@ def processes_of(
     with ProcessRanks(source.grid, group, device) as processes:
         require_same_source(source, group)
         yield processes
-
-
-def describe_ranks(ranks: dict[str, Any] | None) -> str:
-    """ "2 ranks (--tp 2 --ep 1 --pp 1), virtual"."""
-    if ranks is None:
-        return ""
-    return f"{ranks['ranks']:,} ranks (--tp {ranks['tp']} --ep {ranks['ep']} --pp {ranks['pp']}), {ranks['how']}"

@@ -12,7 +12,7 @@ from v4quant.cli._memory import peak_memory_bytes
 from v4quant.cli._options import JsonMode
 from v4quant.cli._output import Output, decimal_bytes, is_finite, plural
 from v4quant.cli._progress import layer_progress
-from v4quant.cli._ranks import describe_ranks, device_of, processes_of
+from v4quant.cli._ranks import device_of, processes_of
 from v4quant.errors import CheckFailedError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def _prepare_report_folder(report: Path, checkpoints: list[Path], overwrite: boo
 
 def print_result(output: Output, result: dict[str, Any]) -> None:
     """The verdict and what decides it, for people."""
-    from v4quant.parity.sentences import FIGURE_NAMES
+    from v4quant.parity.sentences import FIGURE_NAMES, describe_ranks
 
     logits, floor, mtp = result["logits"], result["noise_floor"], result["mtp_logits"]
     output.line(f"{result['verdict'].upper()}: {result['in_words']}")
@@ -295,8 +295,8 @@ def print_result(output: Output, result: dict[str, Any]) -> None:
         f"  {evidence['seconds']:.1f} s, read {decimal_bytes(evidence['bytes_read'])}, peak memory "
         f"{decimal_bytes(evidence['peak_memory_bytes'])}"
     )
-    if ranks := describe_ranks(evidence["candidate"]["ranks"]):
-        output.line(f"  the candidate was run by {ranks}")
+    if ranks := evidence["candidate"]["ranks"]:
+        output.line(f"  the candidate was run by {describe_ranks(ranks)}")
     if "report" in result:
         output.line(f"report: {result['report']}")
 

@@ -1,7 +1,7 @@
 """From residual streams to logits, and from token ids to residual streams.
 
 T tokens, S streams of d dims, V vocabulary. The head's product is FP32, as in DeepSeek's released inference code. Ranks
-share the rows of both tables: embeddings are added up, a row being zero in all ranks but one; logits lie side by side.
+share the rows of both tables: a row of the embedding comes from the rank that has it; logits lie side by side.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,8 +28,8 @@ def embed(input_ids: torch.Tensor, reader: Reader, ops: Operations) -> torch.Ten
         rows[held] = torch.cat(found)
     group = reader.ranks.tensor
     if group.size > 1:
-        rows = group.sum(rows.to(reader.device)).to(rows.dtype)[place.to(reader.device)]
-        return rows.to(ops.dtype)
+        owner, row = ids // len(own), torch.arange(len(ids))
+        rows = group.gather(rows.to(reader.device), lambda parts: torch.stack(parts)[owner, row]).cpu()
     return rows[place].to(reader.device).to(ops.dtype)
 
 

@@ -36,8 +36,6 @@ class ProcessRanks:
     The first process asks with `call`; the others `serve`.
     """
 
-    how = "processes"
-
     def __init__(self, grid: Grid, group: ProcessGroup, device: torch.device) -> None:
         """Connect the processes.
 

@@ -1,6 +1,6 @@
 """What one rank does of a model that ranks share: it is asked, as all ranks are, and computes with those of its stage.
 
-    embed                     first stage    rows of the embedding, added up
+    embed                     first stage    rows of the embedding, each from the rank that has it
     begin, take               the layer's    a block; layers in order, each read while the one before is computed
     mtp_inputs, take "mtp"    last stage
     collapse, product         last stage     the head; each rank answers for its rows of the vocabulary

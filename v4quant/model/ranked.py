@@ -34,9 +34,6 @@ from v4quant.model.virtual_ranks import VirtualRanks
 class Crew(Protocol):
     """All ranks of a run."""
 
-    how: str
-    """ "virtual" or "processes"."""
-
     def call(self, order: Any) -> list[Any]:
         """Ask every rank the same; their answers, in rank order."""
 

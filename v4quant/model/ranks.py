@@ -1,6 +1,6 @@
 """Ranks that compute a block together, each with its share of the weights: what they tell each other on the way.
 
-    tensor group   ranks between which dense parts are cut: partial sums of wo_b, rows of the embedding, indexer heads
+    tensor group   ranks between which dense parts are cut: products with wo_b, rows of the embedding, indexer heads
     stage group    all ranks of a stage: sums over routed experts
 
 Every rank runs the same code on its own weights, so all make the same calls in the same order. Sums are taken in rank

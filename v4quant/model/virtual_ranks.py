@@ -62,8 +62,6 @@ class _ThreadGroup(Group):
 class VirtualRanks:
     """All ranks of a grid as threads of this process, until `close`."""
 
-    how = "virtual"
-
     def __init__(self, grid: Grid, worker: Callable[[Ranks], Worker]) -> None:
         """Start them.
 
