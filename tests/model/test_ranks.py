@@ -60,6 +60,13 @@ def layers(model: Model, ids: torch.Tensor, inputs: list[torch.Tensor] | None = 
     return found
 
 
+def through(model: Model, layer: int, ids: torch.Tensor, streams: torch.Tensor) -> torch.Tensor:
+    """What a layer makes of streams [T, S, d]."""
+    (block,) = model.blocks(layer, layer + 1)
+    (result,) = take(block, [Pass(model.ops, streams, model.schedule([ids]))])
+    return result.streams
+
+
 @cache
 def whole(name: str) -> tuple[list[torch.Tensor], list[BlockResult], torch.Tensor]:
     """What goes into every layer in one process, what comes out, and the logits."""
@@ -128,6 +135,7 @@ def test_joined_weights_are_the_checkpoints(fp8_experts: bool, tmp_path: Path) -
 @pytest.mark.parametrize("grid", ["flat", "tp2 x ep2"])
 def test_coded_products(grid: str, cuts: Callable[[str, str], Sharded]) -> None:
     """Products of what is stored; those that ranks add up are decoded, as coded ones come out in BF16."""
+    inputs, _, _ = whole("tiny-flash")
     with torch.inference_mode():
         arithmetic = Arithmetic(products=Products.CODED)
         found = []
@@ -137,10 +145,7 @@ def test_coded_products(grid: str, cuts: Callable[[str, str], Sharded]) -> None:
             virtual_model(cuts("tiny-flash", grid), arithmetic, "cpu"),
         ):
             with model:
-                schedule = model.schedule([FLASH.ids[:9]])
-                block = next(model.blocks(2, 3))
-                (result,) = take(block, [Pass(model.ops, model.embed(schedule.input_ids), schedule)])
-                found.append(result.streams)
+                found.append(through(model, 2, FLASH.ids[:9], inputs[2][:9]))
         assert relative_error(found[1], found[0]) < NOISE
 
 
@@ -155,10 +160,7 @@ def test_every_arithmetic(activations: Activations, cuts: Callable[[str, str], S
             virtual_model(cuts("tiny-base", "tp2"), Arithmetic(activations), "cpu"),
         ):
             with model:
-                schedule = model.schedule([BASE.ids[:40]])
-                block, streams = next(model.blocks(1, 2)), inputs[1][:40].to(model.ops.dtype)
-                (result,) = take(block, [Pass(model.ops, streams, schedule)])
-                found.append(result.streams)
+                found.append(through(model, 1, BASE.ids[:40], inputs[1][:40].to(model.ops.dtype)))
         assert found[0].dtype == found[1].dtype
         assert relative_error(found[1], found[0]) < (1e-5 if activations is Activations.NONE else NOISE)
 
