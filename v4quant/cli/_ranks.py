@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 from v4quant.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from v4quant.checkpoint.process_group import ProcessGroup
     from v4quant.checkpoint.rank_tensors import Sharded
     from v4quant.checkpoint.reader import Checkpoint
+    from v4quant.model.device import Device
     from v4quant.model.process_ranks import ProcessRanks
 
 
-def device_of(name: str, group: "ProcessGroup") -> "torch.device":
+def device_of(name: str, group: "ProcessGroup") -> "Device":
     """The device that a user named, "cpu" or "cuda"; of several processes each has a GPU of its own.
 
     Raises:
@@ -31,7 +30,7 @@ def device_of(name: str, group: "ProcessGroup") -> "torch.device":
 
 @contextmanager
 def processes_of(
-    source: "Checkpoint | Sharded", group: "ProcessGroup", device: "torch.device"
+    source: "Checkpoint | Sharded", group: "ProcessGroup", device: "Device"
 ) -> "Iterator[ProcessRanks | None]":
     """The ranks of a sharded checkpoint as the processes of a job; None where this process is alone.
 

@@ -16,10 +16,9 @@ from v4quant.cli._ranks import device_of, processes_of
 from v4quant.errors import CheckFailedError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from v4quant.checkpoint.rank_tensors import Sharded
     from v4quant.checkpoint.reader import Checkpoint
+    from v4quant.model.device import Device
     from v4quant.parity.compare import Task
     from v4quant.parity.prompts import Prompts
     from v4quant.parity.stored import StoredOutputs
@@ -172,7 +171,7 @@ def _task(
     prefill: int | None,
     index_topk: int | None,
     arithmetic: str,
-    device: "torch.device",
+    device: "Device",
 ) -> "Task":
     """Open what the candidate is compared with, and read or build the tokens."""
     from v4quant.checkpoint.reader import open_checkpoint

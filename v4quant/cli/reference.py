@@ -17,11 +17,10 @@ from v4quant.cli._ranks import device_of, processes_of
 from v4quant.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from v4quant.checkpoint.rank_tensors import Sharded
     from v4quant.checkpoint.reader import Checkpoint
     from v4quant.model.arithmetic import Arithmetic
+    from v4quant.model.device import Device
     from v4quant.model.process_ranks import ProcessRanks
     from v4quant.model.streaming import Model
 
@@ -76,7 +75,7 @@ class _Run:
 
     source: "Checkpoint | Sharded"
     arithmetic: "Arithmetic"
-    device: "torch.device"
+    device: "Device"
     processes: "ProcessRanks | None"
 
     def model(self) -> "AbstractContextManager[Model]":

@@ -4,6 +4,8 @@ import torch
 
 from v4quant.errors import UsageError
 
+Device = torch.device
+
 
 def device_named(name: str, local_rank: int | None = None) -> torch.device:
     """The device that a user named, "cpu" or "cuda".
