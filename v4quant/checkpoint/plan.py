@@ -14,7 +14,7 @@ from typing import Any
 import v4quant
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.index import build_index
-from v4quant.checkpoint.layout import HeaderTensor, Shard, lay_out
+from v4quant.checkpoint.layout import HeaderTensor, Packing, Shard, lay_out
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.checkpoint.side_files import require_side_files_fit, side_files
 from v4quant.encodings import Encoding, Scheme
@@ -198,6 +198,7 @@ def make_plan(
     target: Format,
     *,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    packing: Packing = Packing.LAYER,
     like: Checkpoint | None = None,
 ) -> Plan:
     """Plan the conversion of a sound checkpoint.
@@ -206,6 +207,7 @@ def make_plan(
         source: the checkpoint to convert.
         target: the format to write.
         max_shard_bytes: payload limit of an output file.
+        packing: which tensors share a file.
         like: an original in the target format whose block scales are reused where they reproduce the values.
 
     Raises:
@@ -218,7 +220,7 @@ def make_plan(
         like.require_sound()
         _require_alike(source, target, like)
     drafts = [_draft(logical, source, target.scheme) for logical in source.logical]
-    shards = lay_out((draft.tensors for draft in drafts), max_shard_bytes)
+    shards = lay_out((draft.tensors for draft in drafts), max_shard_bytes, packing)
     place = {name: (shard.name, entry) for shard in shards for name, entry in shard.entries.items()}
     operations: dict[str, list[Operation]] = {shard.name: [] for shard in shards}
     for draft in drafts:
