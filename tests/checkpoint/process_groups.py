@@ -3,37 +3,45 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch.distributed import HashStore, Store
+import torch.distributed
 
 from v4quant.checkpoint.process_group import ProcessGroup
-from v4quant.checkpoint.process_store import JobStore
+from v4quant.checkpoint.process_store import JobStore, KeyValueStore
 
 _Result = TypeVar("_Result")
+
+
+def new_store() -> KeyValueStore:
+    """A store that threads share."""
+    store: KeyValueStore = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    return store
 
 
 class BreakableStore:
     """A store whose host can die."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self) -> None:
+        self._store = new_store()
         self.is_dead = threading.Event()
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         if self.is_dead.is_set():
             raise RuntimeError("Connection reset by peer")
         return getattr(self._store, name)
 
 
-def group_of(rank: int, size: int, store: object) -> ProcessGroup:
+def group_of(rank: int, size: int, store: KeyValueStore) -> ProcessGroup:
     """The group as one process sees it."""
-    return ProcessGroup(JobStore(rank, size, store))  # type: ignore[arg-type]
+    return ProcessGroup(JobStore(rank, size, store))
 
 
-def in_processes(size: int, work: Callable[[ProcessGroup], _Result], store: object = None) -> list[_Result | Exception]:
+def in_processes(
+    size: int, work: Callable[[ProcessGroup], _Result], store: KeyValueStore | None = None
+) -> list[_Result | Exception]:
     """What the work returns or raises in each process, by rank."""
-    shared = store or HashStore()
+    shared = store or new_store()
 
     def run(rank: int) -> _Result | Exception:
         try:

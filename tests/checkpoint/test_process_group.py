@@ -5,9 +5,8 @@ import time
 from collections import Counter
 
 import pytest
-from torch.distributed import HashStore
 
-from tests.checkpoint.process_groups import BreakableStore, group_of, in_processes
+from tests.checkpoint.process_groups import BreakableStore, group_of, in_processes, new_store
 from v4quant.checkpoint import process_group, process_store
 from v4quant.checkpoint.process_environment import ProcessEnvironment
 from v4quant.checkpoint.process_group import EndedElsewhereError, ProcessGroup
@@ -85,7 +84,7 @@ def test_a_group_of_one() -> None:
 
 
 def test_what_an_earlier_attempt_left_in_the_store_is_not_taken_for_news() -> None:
-    store = HashStore()
+    store = new_store()
 
     def fail(group: ProcessGroup) -> None:
         if group.rank == 1:
@@ -145,7 +144,7 @@ def test_an_interrupt_ends_all_with_its_code() -> None:
 def test_one_that_dies_without_a_word_is_noticed(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_group, "LOST_SECONDS", 0.3)
     monkeypatch.setattr(process_group, "SETTLE_SECONDS", 0.1)
-    store = HashStore()
+    store = new_store()
     dying = threading.Thread(target=lambda: JobStore(silent, 3, store))  # meets the others, then nothing more
     dying.start()
     living = [rank for rank in range(3) if rank != silent]
@@ -171,7 +170,7 @@ def test_one_that_dies_without_a_word_is_noticed(silent: int, monkeypatch: pytes
 
 
 def test_a_store_that_is_gone_ends_everybody() -> None:
-    store = BreakableStore(HashStore())
+    store = BreakableStore()
 
     def work(group: ProcessGroup) -> None:
         group.barrier()
@@ -186,9 +185,9 @@ def test_a_store_that_is_gone_ends_everybody() -> None:
 def test_others_that_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_store, "START_SECONDS", 0.05)
     with pytest.raises(LostProcessError, match="seconds for 2 of 3 processes of this job to start"):
-        JobStore(0, 3, HashStore())
+        JobStore(0, 3, new_store())
     with pytest.raises(LostProcessError, match="seconds for process 0 of this job to start"):
-        JobStore(1, 3, HashStore())
+        JobStore(1, 3, new_store())
 
 
 def test_the_first_process_hears_of_everybodys_bytes() -> None:

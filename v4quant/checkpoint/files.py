@@ -12,7 +12,7 @@ import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from v4quant.errors import CheckpointError
 
@@ -61,12 +61,24 @@ class Files:
         return self._stat[name].st_size
 
     def fingerprint(self, name: str) -> str:
-        """What tells a file from a changed one without reading it.
+        """What tells a file from a changed one without reading it; `is_same_fingerprint` compares two.
 
-        Its bytes, and the times of its last change of data and of anything: the second cannot be set by hand.
+        Its bytes, the times of its last change of data and of anything (the second cannot be set by hand), its inode
+        and the number of its names.
         """
-        found = self._stat[name]
-        return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+        return " ".join(map(str, _Stamp.of(self._stat[name])))
+
+    def is_at(self, name: str, path: Path) -> bool:
+        """True if a path is another name of a listed file: a hard link to it."""
+        try:
+            found = path.lstat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (self._stat[name].st_dev, self._stat[name].st_ino)
+
+    def device(self, name: str) -> int:
+        """Number of the file system that a file lies on."""
+        return self._stat[name].st_dev
 
     def path(self, name: str) -> Path:
         """Absolute path of a listed file."""
@@ -107,9 +119,8 @@ class Files:
 
     def _require_unchanged(self, where: str, name: str, found: os.stat_result) -> None:
         listed = self._stat[name]
-        for key in ("st_ino", "st_size", "st_mtime_ns", "st_ctime_ns"):
-            if getattr(found, key) != getattr(listed, key):
-                raise CheckpointError(f"{where}: has changed since this run began", hint=_HINT_CHANGED)
+        if found.st_ino != listed.st_ino or not _Stamp.of(found).is_same(_Stamp.of(listed)):
+            raise CheckpointError(f"{where}: has changed since this run began", hint=_HINT_CHANGED)
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
         if prefix.count("/") > MAX_FOLDERS_DEEP:
@@ -139,6 +150,37 @@ class Files:
                 f"{entry.path}: is a link out of the checkpoint folder, to {target}",
                 hint="Replace the link by the file it stands for, or remove it.",
             )
+
+
+class _Stamp(NamedTuple):
+    """What the file system says of a file, as far as it tells an unchanged one from a changed one."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    links: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> "_Stamp":
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_nlink)
+
+    def is_same(self, other: "_Stamp") -> bool:
+        """True if these are two looks at the same unchanged file.
+
+        A hard link that was made or removed meanwhile, by this run or another one, sets the time of last change too.
+        Where the number of names shows that, size, time of last change of data and inode must do. A file without a
+        name is one that was replaced.
+        """
+        is_relinked = self.links != other.links and self.inode == other.inode and min(self.links, other.links) > 0
+        return self[:2] == other[:2] and (self.ctime_ns == other.ctime_ns or is_relinked)
+
+
+def is_same_fingerprint(first: str, second: str) -> bool:
+    """True if two fingerprints, taken at different times, are of the same unchanged file."""
+    with contextlib.suppress(ValueError, TypeError):
+        return _Stamp(*map(int, first.split(" "))).is_same(_Stamp(*map(int, second.split(" "))))
+    return first == second
 
 
 def _require_plain_name(entry: os.DirEntry[str]) -> None:

@@ -6,7 +6,8 @@ and disk needed, and which tensors can lose bits; `apply` only carries it out.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -153,8 +154,28 @@ class Plan:
         return build_index(weight_map, self.bytes_written)
 
     @cached_property
+    def unchanged_files(self) -> dict[str, str]:
+        """Output files that hold exactly the tensors of one source file, bit for bit, and which file that is.
+
+        Only re-packing looks for them: a shared file would surprise whoever edits the result of a conversion.
+        """
+        if self.source.scheme != self.format.scheme:
+            return {}
+        held = Counter(entry.file for entry in self.source.tensors.values())
+        found: dict[str, str] = {}
+        for shard in self.shards:
+            files = {entry.file for operation in self.operations[shard.name] for entry in operation.source}
+            if len(files) == 1 and held[file := files.pop()] == len(shard.entries):
+                found[shard.name] = file
+        return found
+
+    def linked_bytes(self, links: Collection[str]) -> int:
+        """Bytes that these output files would take if they were no links."""
+        return sum(shard.file_bytes for shard in self.shards if shard.name in links)
+
+    @cached_property
     def disk_bytes(self) -> int:
-        """Bytes of all output files but the certificate, which adds about 400 a tensor and is counted so."""
+        """Bytes of all output files, none of them a link; the certificate is counted as 400 a tensor."""
         side = sum(self.source.files.size(name) for name in self.side_files)
         shards = sum(shard.file_bytes for shard in self.shards)
         return shards + side + len(self.config_bytes) + len(self.index_bytes) + 400 * self.tensors

@@ -10,18 +10,34 @@ import json
 import secrets
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from v4quant.checkpoint.process_environment import ProcessEnvironment
 from v4quant.errors import UsageError, V4QuantError
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 # Time for all processes to start; a cold Python on a shared folder takes a while to import torch.
 START_SECONDS = 300.0
 POLL_SECONDS = 0.05
 LOST_HINT = "Run the same command again; finished work is kept."
+
+
+class KeyValueStore(Protocol):
+    """What is used of torch.distributed's Store."""
+
+    def set(self, key: str, value: str) -> None:
+        """Leave a value."""
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        """Leave a value if there is the expected one, or none and "" is expected; returns the one that stands."""
+
+    def check(self, keys: list[str]) -> bool:
+        """True if all of these have a value."""
+
+    def get(self, key: str) -> bytes:
+        """A value; waits for one that is not there."""
+
+    def delete_key(self, key: str) -> bool:
+        """Remove a value."""
 
 
 class LostProcessError(V4QuantError):
@@ -40,7 +56,7 @@ class JobStore:
         token: random text that all processes share and no other job, or earlier attempt at this one, has.
     """
 
-    def __init__(self, rank: int, size: int, store: "Store") -> None:
+    def __init__(self, rank: int, size: int, store: KeyValueStore) -> None:
         """Meet the other processes.
 
         Args:
