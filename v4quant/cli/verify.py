@@ -28,37 +28,44 @@ def verify(
 ) -> None:
     """Re-hash a converted checkpoint against its certificate, or compare every value with its source.
 
+    Under torchrun the processes share the tensors out.
+
     \b
     v4quant verify flash-fp8
     v4quant verify flash-fp8 --against DeepSeek-V4-Flash
+    torchrun --nproc-per-node 4 -m v4quant verify flash-fp8 --against DeepSeek-V4-Flash
     """
     # These load torch, which `v4quant --help` need not wait for.
     from v4quant.checkpoint.certificate import CERTIFICATE_NAME, verdict_counts
+    from v4quant.checkpoint.process_group import ProcessGroup
     from v4quant.checkpoint.reader import open_checkpoint
     from v4quant.checkpoint.verify import verify_against, verify_hashes
 
-    output = Output(json_mode)
-    checkpoint = open_checkpoint(out)
-    source = open_checkpoint(against) if against else None
-    start = time.monotonic()
-    passes = 2 if source and CERTIFICATE_NAME in checkpoint.files else 1
-    with byte_progress(passes * checkpoint.bytes, "verify") as advance:
-        if source is None:
-            report = verify_hashes(checkpoint, workers=max_workers, progress=advance)
-        else:
-            report = verify_against(checkpoint, source, workers=max_workers, progress=advance)
-    output.result(
-        {
-            "ok": report.ok,
-            "tensors": len(checkpoint.tensors),
-            **verdict_counts(report.verdicts),
-            "mismatches": [mismatch.to_json() for mismatch in report.mismatches],
-            "seconds": round(time.monotonic() - start, 3),
-        }
-    )
-    _print_report(output, report, "values of " + str(against) if against else "certificate")
-    if not report.ok:
-        raise CheckFailedError(f"{out}: {plural(len(report.mismatches), 'mismatch')}", hint="Convert it again.")
+    with ProcessGroup.from_environment() as group, group.ending_together():
+        output = Output(json_mode, silent=not group.is_first)
+        checkpoint = open_checkpoint(out)
+        source = open_checkpoint(against) if against else None
+        start = time.monotonic()
+        passes = 2 if source and CERTIFICATE_NAME in checkpoint.files else 1
+        with byte_progress(passes * checkpoint.bytes, "verify", silent=not group.is_first) as advance:
+            if source is None:
+                report = verify_hashes(checkpoint, workers=max_workers, progress=advance, group=group)
+            else:
+                report = verify_against(checkpoint, source, workers=max_workers, progress=advance, group=group)
+        output.result(
+            {
+                "ok": report.ok,
+                "tensors": len(checkpoint.tensors),
+                **verdict_counts(report.verdicts),
+                "mismatches": [mismatch.to_json() for mismatch in report.mismatches],
+                "seconds": round(time.monotonic() - start, 3),
+            }
+        )
+        _print_report(output, report, "values of " + str(against) if against else "certificate")
+        if group.is_first and not report.ok:
+            raise CheckFailedError(f"{out}: {plural(len(report.mismatches), 'mismatch')}", hint="Convert it again.")
+        # The first one's verdict is everybody's.
+        group.barrier()
 
 
 def _print_report(output: Output, report: "VerifyReport", what: str) -> None:
