@@ -12,7 +12,7 @@ import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from v4quant.errors import CheckpointError
 
@@ -25,6 +25,57 @@ _OPEN_FILES_A_THREAD = 8
 # Reads of this size go past the page cache (direct.py); smaller ones are headers, scales and other small things.
 DIRECT_READ_BYTES = 2**17
 _HINT_CHANGED = "Leave the source alone while it is read; then run the same command again."
+
+
+class Source(Protocol):
+    """The files of a checkpoint, wherever they are; read by byte range, from any thread."""
+
+    @property
+    def where(self) -> str:
+        """What the user calls it."""
+
+    def names(self) -> list[str]:
+        """Relative paths of all files, sorted."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file, as it was listed."""
+
+    def fingerprint(self, name: str) -> str:
+        """What tells a file from a changed one without reading it."""
+
+    def noted_sha256(self, name: str) -> str | None:
+        """The hash that is promised of a file; None where nobody promised any."""
+
+    def path(self, name: str) -> Path:
+        """Absolute path of a file.
+
+        Raises:
+            UsageError: if it is none on this disk.
+        """
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Read bytes [start, stop) of a file, all of it by default.
+
+        Raises:
+            CheckpointError: if the file has changed since it was listed, or cannot be read.
+        """
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill a buffer with the bytes from `start` on.
+
+        Raises:
+            CheckpointError: if the file has changed since it was listed, or cannot be read.
+        """
+
+    def require_unchanged(self, name: str) -> None:
+        """Check that the file is still the one that was listed.
+
+        Raises:
+            CheckpointError: if it is not.
+        """
 
 
 class Files:
@@ -67,6 +118,11 @@ class Files:
         """
         found = self._stat[name]
         return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+
+    def noted_sha256(self, name: str) -> str | None:
+        """Nothing: a folder promises no hashes."""
+        del name
+        return None
 
     def path(self, name: str) -> Path:
         """Absolute path of a listed file."""

@@ -4,7 +4,7 @@ Source of the released layout: the index files of the April releases: embedding,
 final norm and head together, then one shard an MTP block.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from v4quant.checkpoint.header import TensorEntry, build_header
@@ -37,12 +37,20 @@ def _block_of(parsed: TensorName) -> tuple[str, int]:
     return ("embed", 0) if parsed.role == Role.EMBEDDING else ("tail", 0)
 
 
-def lay_out(units: Iterable[tuple[HeaderTensor, ...]], max_shard_bytes: int) -> list[Shard]:
+def lay_out(
+    units: Iterable[tuple[HeaderTensor, ...]],
+    max_shard_bytes: int,
+    *,
+    folder: str = "",
+    metadata: Mapping[str, str] | None = None,
+) -> list[Shard]:
     """Place tensors into shards.
 
     Args:
         units: tensors that stay together in one file (a weight and its scale), in release order.
         max_shard_bytes: payload limit of a file; a single unit above it gets a file of its own.
+        folder: what stands before each file's name, with its slash.
+        metadata: of every file.
 
     Returns:
         Shards in order, named model-00001-of-000NN.safetensors.
@@ -57,11 +65,13 @@ def lay_out(units: Iterable[tuple[HeaderTensor, ...]], max_shard_bytes: int) -> 
             key, used = unit_key, 0
         groups[-1].extend(unit)
         used += size
-    return [_shard(number, len(groups), tensors) for number, tensors in enumerate(groups, start=1)]
+    return [
+        _shard(f"{folder}model-{number:05d}-of-{len(groups):05d}.safetensors", tensors, metadata)
+        for number, tensors in enumerate(groups, start=1)
+    ]
 
 
-def _shard(number: int, count: int, tensors: list[HeaderTensor]) -> Shard:
-    name = f"model-{number:05d}-of-{count:05d}.safetensors"
-    header, entries = build_header(tensors, file=name)
+def _shard(name: str, tensors: list[HeaderTensor], metadata: Mapping[str, str] | None) -> Shard:
+    header, entries = build_header(tensors, file=name, metadata=metadata)
     file_bytes = max((entry.stop for entry in entries), default=len(header))
     return Shard(name, header, {entry.name: entry for entry in entries}, file_bytes)
