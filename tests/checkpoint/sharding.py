@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.merge import MergePlan, apply_merge
 from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.checkpoint.shard import ShardReport, apply_shard, plan_shard
-from v4quant.checkpoint.tp_folder import open_tp_folder
+from v4quant.checkpoint.tp_folder import open_sharded
 from v4quant.testing.releases import synth_config
 from v4quant.testing.synth import write_checkpoint
 
@@ -33,9 +34,9 @@ def write_wide(folder: Path, like: str = "flash", *, layers: int = 3, seed: int 
 
 def shard(source: Path, out: Path, ranks: int, *, fp8_experts: bool = False, workers: int = 2) -> ShardReport:
     """Plan and apply."""
-    return apply_shard(plan_shard(open_checkpoint(source), ranks, fp8_experts=fp8_experts), out, workers=workers)
+    return apply_shard(plan_shard(open_checkpoint(source), Grid(ranks), fp8_experts=fp8_experts), out, workers=workers)
 
 
 def merge(source: Path, out: Path, *, workers: int = 2) -> int:
     """Plan and apply."""
-    return apply_merge(MergePlan(open_tp_folder(source)), out, workers=workers)
+    return apply_merge(MergePlan(open_sharded(source)), out, workers=workers)

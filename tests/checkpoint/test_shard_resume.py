@@ -15,7 +15,7 @@ import pytest
 from tests.checkpoint.sharding import shard, write_wide
 from tests.checkpoint.test_resume import ROOT, Outcome, strike
 from v4quant.checkpoint.reader import JOURNAL_NAME, SHARDS_NAME, open_checkpoint
-from v4quant.checkpoint.tp_folder import open_tp_folder
+from v4quant.checkpoint.tp_folder import open_sharded
 from v4quant.cli.main import main
 from v4quant.errors import CheckpointError
 from v4quant.testing.asserts import assert_same_checkpoint
@@ -92,7 +92,7 @@ def assert_nothing_false_looks_whole(bench: Bench, out: Path) -> None:
         missing = {p.relative_to(bench.expected) for p in bench.expected.rglob("*")}
         assert not missing - {p.relative_to(out) for p in out.rglob("*")}
     else:
-        for opened in (open_checkpoint, open_tp_folder):
+        for opened in (open_checkpoint, open_sharded):
             with pytest.raises(CheckpointError):
                 opened(out)
 
@@ -226,7 +226,7 @@ def test_a_source_that_changed_between_the_runs(
     assert "its source has changed since it began" in errors or name == "config.json"
     assert finished(out) == before
     assert main([*own.argv(out), "--overwrite"]) == 0
-    open_tp_folder(out)
+    open_sharded(out)
     assert finished(out) == 0
 
 

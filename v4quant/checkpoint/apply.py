@@ -29,7 +29,7 @@ from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.journal import Journal, JournalHeader
 from v4quant.checkpoint.journal_keeper import JournalKeeper, send_records
 from v4quant.checkpoint.layout import Shard
-from v4quant.checkpoint.linked_files import linkable, make_links, remove_links
+from v4quant.checkpoint.linked_files import is_link, linkable, make_links, remove_links
 from v4quant.checkpoint.output import PARTIAL_SUFFIX, require_disk_space, write_file
 from v4quant.checkpoint.plan import DEFAULT_WORKERS, Plan
 from v4quant.checkpoint.process_group import ProcessGroup
@@ -183,7 +183,9 @@ class _Run:
     def _is_there(self, shard: Shard) -> bool:
         """True if a shard is whole, as a file of its own or as a link."""
         path, source = self._out / shard.name, self._plan.unchanged_files.get(shard.name)
-        return is_there(path, shard.file_bytes) or (source is not None and self._plan.source.files.is_at(source, path))
+        return is_there(path, shard.file_bytes) or (
+            source is not None and is_link(self._plan.source.files, source, path)
+        )
 
     def _require_same_run(self, digest: str, mark: Path) -> None:
         """Check in another process that it takes part in the first one's run.
@@ -237,7 +239,7 @@ class _Run:
         write_file(self._out / INDEX_NAME, [plan.index_bytes])
         write_file(self._out / CONFIG_NAME, [plan.config_bytes])
         self._journal.remove()
-        linked = sum(files.is_at(source, self._out / name) for name, source in plan.unchanged_files.items())
+        linked = sum(is_link(files, source, self._out / name) for name, source in plan.unchanged_files.items())
         report = ApplyReport(verdicts, worst, certificate, len(self.finished), linked)
         self.group.broadcast(report.to_json())
         return report

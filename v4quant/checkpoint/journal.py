@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from v4quant.checkpoint.certificate import TensorRecord
-from v4quant.checkpoint.files import is_same_fingerprint
+from v4quant.checkpoint.file_stamp import is_same_fingerprint
 from v4quant.checkpoint.output import disk_errors, sync_folder
 from v4quant.checkpoint.reader import JOURNAL_NAME
 from v4quant.errors import CheckpointError, OutputError

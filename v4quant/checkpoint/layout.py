@@ -4,7 +4,7 @@ Source of the released layout: the index files of the April releases: embedding,
 final norm and head together, then one shard an MTP block.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -49,7 +49,12 @@ def _block_of(parsed: TensorName) -> tuple[str, int]:
 
 
 def lay_out(
-    units: Iterable[tuple[HeaderTensor, ...]], max_shard_bytes: int, packing: Packing = Packing.LAYER
+    units: Iterable[tuple[HeaderTensor, ...]],
+    max_shard_bytes: int,
+    packing: Packing = Packing.LAYER,
+    *,
+    folder: str = "",
+    metadata: Mapping[str, str] | None = None,
 ) -> list[Shard]:
     """Place tensors into shards.
 
@@ -58,6 +63,8 @@ def lay_out(
         max_shard_bytes: payload limit of a file, which Packing.ONE does not keep; a single unit above it gets a file
             of its own.
         packing: which units may share a file.
+        folder: what stands before each file's name, with its slash.
+        metadata: of every file.
 
     Returns:
         Shards in order, named model-00001-of-000NN.safetensors, or model.safetensors under Packing.ONE.
@@ -73,16 +80,13 @@ def lay_out(
             block, used = unit_block, 0
         groups[-1].extend(unit)
         used += size
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     if packing is Packing.ONE:
-        return [_shard(SINGLE_FILE, tensors) for tensors in groups]
-    count = len(groups)
-    return [
-        _shard(f"model-{number:05d}-of-{count:05d}.safetensors", tensors)
-        for number, tensors in enumerate(groups, start=1)
-    ]
+        names = [SINGLE_FILE] * len(groups)
+    return [_shard(folder + name, tensors, metadata) for name, tensors in zip(names, groups, strict=True)]
 
 
-def _shard(name: str, tensors: list[HeaderTensor]) -> Shard:
-    header, entries = build_header(tensors, file=name)
+def _shard(name: str, tensors: list[HeaderTensor], metadata: Mapping[str, str] | None) -> Shard:
+    header, entries = build_header(tensors, file=name, metadata=metadata)
     file_bytes = max((entry.stop for entry in entries), default=len(header))
     return Shard(name, header, {entry.name: entry for entry in entries}, file_bytes)

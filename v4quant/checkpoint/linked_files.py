@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from v4quant.checkpoint.files import Files
+from v4quant.checkpoint.files import Files, Source
 from v4quant.checkpoint.output import PARTIAL_SUFFIX, disk_errors, sync_folder
 from v4quant.errors import OutputError
 
@@ -17,7 +17,7 @@ from v4quant.errors import OutputError
 class LinkedFile:
     """A linked output shard, in the place of a ShardFile: what is to be written is there already."""
 
-    def __init__(self, path: Path, files: Files, source: str) -> None:
+    def __init__(self, path: Path, files: Source, source: str) -> None:
         """Take a link that `make_links` has made."""
         self.path = path
         self._files = files
@@ -32,7 +32,7 @@ class LinkedFile:
         Raises:
             OutputError: if it was replaced or removed meanwhile.
         """
-        if not self._files.is_at(self._source, self.path):
+        if not is_link(self._files, self._source, self.path):
             raise OutputError(
                 f"{self.path}: is no longer the file that it was linked to, {self._source}",
                 hint="Leave the output folder alone while it is written; then run the same command again.",
@@ -42,8 +42,15 @@ class LinkedFile:
         """Leave it: it is whole."""
 
 
-def linkable(files: Files, out: Path, unchanged: Mapping[str, str]) -> dict[str, str]:
+def is_link(files: Source, source: str, path: Path) -> bool:
+    """True if a path is a hard link to a file of the source."""
+    return isinstance(files, Files) and files.is_at(source, path)
+
+
+def linkable(files: Source, out: Path, unchanged: Mapping[str, str]) -> dict[str, str]:
     """Those output files that can be links as far as file systems tell: source and output lie on the same.
+
+    A source that is put together from other files, or lies elsewhere, has nothing to link to.
 
     Args:
         files: the source.
@@ -53,6 +60,8 @@ def linkable(files: Files, out: Path, unchanged: Mapping[str, str]) -> dict[str,
     Raises:
         OutputError: if the file system does not answer.
     """
+    if not isinstance(files, Files):
+        return {}
     with disk_errors(out):
         existing = out.absolute()
         while not existing.exists() and existing != existing.parent:
@@ -61,7 +70,7 @@ def linkable(files: Files, out: Path, unchanged: Mapping[str, str]) -> dict[str,
     return {name: source for name, source in unchanged.items() if files.device(source) == device}
 
 
-def make_links(files: Files, out: Path, wanted: Mapping[str, str]) -> dict[str, str]:
+def make_links(files: Source, out: Path, wanted: Mapping[str, str]) -> dict[str, str]:
     """Link output files to source files, durably.
 
     Returns:
@@ -78,23 +87,23 @@ def make_links(files: Files, out: Path, wanted: Mapping[str, str]) -> dict[str, 
     return made
 
 
-def remove_links(files: Files, out: Path, links: Mapping[str, str]) -> None:
+def remove_links(files: Source, out: Path, links: Mapping[str, str]) -> None:
     """Remove links again; the files that they stand for stay."""
     for name, source in links.items():
-        if files.is_at(source, out / name):
+        if is_link(files, source, out / name):
             with contextlib.suppress(OSError):
                 (out / name).unlink()
 
 
-def _link(files: Files, source: str, path: Path) -> bool:
-    if files.is_at(source, path):
+def _link(files: Source, source: str, path: Path) -> bool:
+    if is_link(files, source, path):
         return True
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         partial.unlink(missing_ok=True)
         # A snapshot in the Hub's cache holds symbolic links; what they stand for is what is linked.
         os.link(os.path.realpath(files.path(source)), partial)
-        if not files.is_at(source, partial):  # replaced since it was listed, which the next read will say
+        if not is_link(files, source, partial):  # replaced since it was listed, which the next read will say
             partial.unlink()
             return False
         partial.replace(path)

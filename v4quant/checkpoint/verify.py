@@ -8,20 +8,20 @@ processes share the tensors out by bytes; the first one merges what they find in
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from v4quant.checkpoint.certificate import CERTIFICATE_NAME, TensorRecord, Verdict, read_certificate, verdict_counts
+from v4quant.checkpoint.certificate import CERTIFICATE_NAME, TensorRecord, Verdict, read_certificate
 from v4quant.checkpoint.compare import compare_plain, compare_weight
 from v4quant.checkpoint.compare_config import config_differences
-from v4quant.checkpoint.files import Files
+from v4quant.checkpoint.files import Source
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.plan import DEFAULT_WORKERS
 from v4quant.checkpoint.process_group import ProcessGroup
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.checkpoint.shares import share_in_order
+from v4quant.checkpoint.verify_report import Findings, Mismatch, VerifyReport
 from v4quant.config import CONFIG_NAME
 from v4quant.inventory import LogicalTensor
 from v4quant.names import scale_name
@@ -30,43 +30,6 @@ Advance = Callable[[int, str], None]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _READ_BYTES = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """One tensor or file that is not as it should be.
-
-    Attributes:
-        tensor: its name; a file's name for what concerns no tensor.
-        reason: expected and found.
-        details: for a wrong value its coordinate, expected and found values.
-    """
-
-    tensor: str
-    reason: str
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The mismatch as a JSON object."""
-        return {"tensor": self.tensor, "reason": self.reason, **self.details}
-
-
-@dataclass
-class VerifyReport:
-    """What a verification found.
-
-    Attributes:
-        verdicts: tensors that are as they should be, by verdict.
-        mismatches: those that are not.
-    """
-
-    verdicts: Counter[Verdict] = field(default_factory=Counter)
-    mismatches: list[Mismatch] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """True if nothing is wrong."""
-        return not self.mismatches
 
 
 def _ignore(_count: int, _file: str) -> None:
@@ -96,7 +59,8 @@ def verify_hashes(
     """
     group = group or ProcessGroup()
     header, records = read_certificate(out.files)
-    rank_of = _ranks(out, sorted(out.tensors.values(), key=lambda entry: (entry.file, entry.start)), group)
+    in_place = sorted(out.tensors.values(), key=lambda entry: (entry.file, entry.start))
+    rank_of = _ranks(out, (entry.name for entry in in_place), group)
     advance = group.progress(progress)
     seen: Counter[str] = Counter()
 
@@ -114,7 +78,7 @@ def verify_hashes(
             mismatch = Mismatch(record.tensor, "has two lines in the certificate")
         return number, mismatch or record
 
-    found = _Findings()
+    found = Findings()
     for number, result in _in_threads(check, own(), workers):
         if isinstance(result, Mismatch):
             found.mismatches.append((number, result))
@@ -158,7 +122,7 @@ def verify_values(
     group = group or ProcessGroup()
     source.require_sound()
     advance, allowed = group.progress(progress), _rounded_records(out)
-    ranks = _ranks(out, source.logical, group)
+    ranks = _ranks(out, (tensor.name for tensor in source.logical), group)
     own = ((number, tensor) for number, tensor in enumerate(source.logical) if ranks[tensor.name] == group.rank)
 
     def check(item: tuple[int, LogicalTensor]) -> tuple[int, int, Verdict | Mismatch]:
@@ -166,7 +130,7 @@ def verify_values(
         result = _check_values(out, source, tensor, allowed.get(tensor.name), advance)
         return number, _stored_parts(out, tensor), result
 
-    found = _Findings()
+    found = Findings()
     for number, parts, result in _in_threads(check, own, workers):
         if isinstance(result, Mismatch):
             found.mismatches.append((number, result))
@@ -219,34 +183,10 @@ def verify_against(
     return report
 
 
-@dataclass
-class _Findings:
-    """What one process found.
-
-    Attributes:
-        verdicts: tensors that are as they should be, by verdict.
-        mismatches: those that are not, with their number in the order that all processes share.
-    """
-
-    verdicts: Counter[Verdict] = field(default_factory=Counter)
-    mismatches: list[tuple[int, Mismatch]] = field(default_factory=list)
-
-    def merge_into(self, report: VerifyReport, group: ProcessGroup) -> None:
-        """Add what all processes found to the first one's report, in order; in the others, what they found."""
-        numbered = [(number, vars(mismatch)) for number, mismatch in self.mismatches]
-        everyone = group.gather([verdict_counts(self.verdicts), numbered])
-        for verdicts, mismatches in everyone[1:]:
-            self.verdicts += Counter({Verdict(verdict): count for verdict, count in verdicts.items()})
-            self.mismatches += [(number, Mismatch(**values)) for number, values in mismatches]
-        report.verdicts += self.verdicts
-        report.mismatches += [mismatch for _, mismatch in sorted(self.mismatches, key=lambda numbered: numbered[0])]
-
-
-def _ranks(out: Checkpoint, tensors: Sequence[TensorEntry | LogicalTensor], group: ProcessGroup) -> dict[str, int]:
+def _ranks(out: Checkpoint, names: Iterable[str], group: ProcessGroup) -> dict[str, int]:
     """Which process looks at which tensor: runs of neighbours, of about the same bytes."""
-    sizes = [out.tensors[tensor.name].bytes if tensor.name in out.tensors else 0 for tensor in tensors]
-    ranks = share_in_order(sizes, group.size)
-    return {tensor.name: rank for tensor, rank in zip(tensors, ranks, strict=True)}
+    sizes = {name: out.tensors[name].bytes if name in out.tensors else 0 for name in names}
+    return dict(zip(sizes, share_in_order(list(sizes.values()), group.size), strict=True))
 
 
 def _module(tensor: str) -> str:
@@ -288,7 +228,7 @@ def _check_record(out: Checkpoint, record: TensorRecord, progress: Advance) -> M
     return None
 
 
-def _sha256(files: Files, entry: TensorEntry, progress: Advance) -> str:
+def _sha256(files: Source, entry: TensorEntry, progress: Advance) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(_READ_BYTES, entry.bytes)))
     for start in range(entry.start, entry.stop, _READ_BYTES):

@@ -12,7 +12,7 @@ from v4quant.cli._progress import byte_progress
 from v4quant.errors import CheckFailedError
 
 if TYPE_CHECKING:
-    from v4quant.checkpoint.verify import VerifyReport
+    from v4quant.checkpoint.verify_report import VerifyReport
 
 _SHOWN_MISMATCHES = 10
 
