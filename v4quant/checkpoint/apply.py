@@ -158,6 +158,7 @@ class _Run:
             digest, finished, self.links = found
             self.finished = set(finished)
             self._require_same_run(digest, mark)
+        self.group.barrier()  # nobody writes before all have agreed
 
     def _open_journal(self, *, overwrite: bool) -> None:
         """Make the output folder ready, begin or continue its journal, and make the links."""
