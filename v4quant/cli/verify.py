@@ -35,13 +35,14 @@ def verify(
     v4quant verify flash-fp8 --against DeepSeek-V4-Flash
     torchrun --nproc-per-node 4 -m v4quant verify flash-fp8 --against DeepSeek-V4-Flash
     """
-    # These load torch, which `v4quant --help` need not wait for.
     from v4quant.checkpoint.certificate import CERTIFICATE_NAME, verdict_counts
     from v4quant.checkpoint.process_group import ProcessGroup
     from v4quant.checkpoint.reader import open_checkpoint
-    from v4quant.checkpoint.verify import verify_against, verify_hashes
 
     with ProcessGroup.from_environment() as group, group.ending_together():
+        # This loads torch, which `v4quant --help` need not wait for.
+        from v4quant.checkpoint.verify import verify_against, verify_hashes
+
         output = Output(json_mode, silent=not group.is_first)
         checkpoint = open_checkpoint(out)
         source = open_checkpoint(against) if against else None
