@@ -14,7 +14,27 @@ from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.header import LENGTH_BYTES, TensorEntry, read_header
 from v4quant.checkpoint.layout import Shard
 from v4quant.checkpoint.reader import JOURNAL_NAME, SHARDS_NAME, TENSOR_PARALLEL_FILE
-from v4quant.checkpoint.tp_files import EXTRA_NAME, FILE_PREFIX, HEADER_PREFIX, RANK_KEY, RANKS_KEY, RUN_KEY, Run, rank_file, rank_folder
+from v4quant.checkpoint.tp_files import (
+    EXTRA_NAME,
+    FILE_PREFIX,
+    HEADER_PREFIX,
+    RANK_KEY,
+    RANKS_KEY,
+    RUN_KEY,
+    Run,
+    rank_file,
+    rank_folder,
+)
+    EXTRA_NAME,
+    FILE_PREFIX,
+    HEADER_PREFIX,
+    RANK_KEY,
+    RANKS_KEY,
+    RUN_KEY,
+    Run,
+    rank_file,
+    rank_folder,
+)
 from v4quant.checkpoint.tp_layout import ShardedLayout, SourceFile, lay_out_ranks
 from v4quant.checkpoint.tp_rank_folder import files_beside
 from v4quant.checkpoint.tp_record import ShardsRecord, read_record

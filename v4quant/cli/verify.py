@@ -32,33 +32,58 @@ def verify(
     v4quant verify flash-fp8
     v4quant verify flash-fp8 --against DeepSeek-V4-Flash
     """
-    # These load torch, which `v4quant --help` need not wait for.
-    from v4quant.checkpoint.certificate import CERTIFICATE_NAME, verdict_counts
-    from v4quant.checkpoint.reader import open_checkpoint
-    from v4quant.checkpoint.verify import verify_against, verify_hashes
-
     output = Output(json_mode)
-    checkpoint = open_checkpoint(out)
-    source = open_checkpoint(against) if against else None
     start = time.monotonic()
-    passes = 2 if source and CERTIFICATE_NAME in checkpoint.files else 1
-    with byte_progress(passes * checkpoint.bytes, "verify") as advance:
-        if source is None:
-            report = verify_hashes(checkpoint, workers=max_workers, progress=advance)
-        else:
-            report = verify_against(checkpoint, source, workers=max_workers, progress=advance)
+    tensors, report, what = _verify(out, against, max_workers)
+    from v4quant.checkpoint.certificate import verdict_counts
+
     output.result(
         {
             "ok": report.ok,
-            "tensors": len(checkpoint.tensors),
+            "tensors": tensors,
             **verdict_counts(report.verdicts),
             "mismatches": [mismatch.to_json() for mismatch in report.mismatches],
             "seconds": round(time.monotonic() - start, 3),
         }
     )
-    _print_report(output, report, "values of " + str(against) if against else "certificate")
+    _print_report(output, report, what)
     if not report.ok:
-        raise CheckFailedError(f"{out}: {plural(len(report.mismatches), 'mismatch')}", hint="Convert it again.")
+        raise CheckFailedError(f"{out}: {plural(len(report.mismatches), 'mismatch')}", hint="Make it again.")
+
+
+def _verify(out: Path, against: Path | None, workers: int) -> tuple[int, "VerifyReport", str]:
+    """Verify whatever OUT is.
+
+    Returns:
+        How many tensors it holds, what was found, and what they were compared with.
+    """
+    # These load torch, which `v4quant --help` need not wait for.
+    from v4quant.checkpoint.certificate import CERTIFICATE_NAME
+    from v4quant.checkpoint.files import Files
+    from v4quant.checkpoint.reader import open_checkpoint, open_source
+    from v4quant.checkpoint.tp_verify import is_rank_folder, verify_sharded
+    from v4quant.checkpoint.tp_whole import WholeFiles
+    from v4quant.checkpoint.verify import verify_against, verify_hashes
+
+    files = Files(out)
+    if is_rank_folder(files) and against is None:
+        part = open_source(files, is_part=True)
+        with byte_progress(part.bytes, "verify") as advance:
+            return len(part.tensors), verify_hashes(part, workers=workers, progress=advance), "certificate"
+    checkpoint = open_checkpoint(out)
+    source = open_checkpoint(against) if against else None
+    what = f"values of {against}" if against else "certificate"
+    passes = 2 if source and CERTIFICATE_NAME in checkpoint.files else 1
+    if isinstance(checkpoint.files, WholeFiles):
+        passes, what = passes + bool(source), what if against else "record of the checkpoint that was sharded"
+    with byte_progress(passes * checkpoint.bytes, "verify") as advance:
+        if isinstance(checkpoint.files, WholeFiles):
+            report = verify_sharded(checkpoint, checkpoint.files.folder, source, workers=workers, progress=advance)
+        elif source is None:
+            report = verify_hashes(checkpoint, workers=workers, progress=advance)
+        else:
+            report = verify_against(checkpoint, source, workers=workers, progress=advance)
+    return len(checkpoint.tensors), report, what
 
 
 def _print_report(output: Output, report: "VerifyReport", what: str) -> None:
