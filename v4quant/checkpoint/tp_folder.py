@@ -25,16 +25,6 @@ from v4quant.checkpoint.tp_files import (
     rank_file,
     rank_folder,
 )
-    EXTRA_NAME,
-    FILE_PREFIX,
-    HEADER_PREFIX,
-    RANK_KEY,
-    RANKS_KEY,
-    RUN_KEY,
-    Run,
-    rank_file,
-    rank_folder,
-)
 from v4quant.checkpoint.tp_layout import ShardedLayout, SourceFile, lay_out_ranks
 from v4quant.checkpoint.tp_rank_folder import files_beside
 from v4quant.checkpoint.tp_record import ShardsRecord, read_record

@@ -1,9 +1,9 @@
 """Verify a sharded folder: every byte of every rank, copies and recoded weights included.
 
-The checkpoint is put together as `merge` would, and taken apart again as `shard` would, but instead of writing the
-pieces are compared with what the ranks hold. So a copy that differs from the others is found, and a wo_a in BF16 that
-is not its FP8 codes times their scales. What comes out is hashed and compared with what `shard` noted of the original, and
-ranks' certificates are held against the hashes of their shares. With a source, its values are compared as well.
+The checkpoint is put together as `merge` would, and taken apart again as `shard` would, but instead of being written
+the pieces are compared with what the ranks hold. So a copy that differs from others is found, and a wo_a in BF16 that
+is not its FP8 codes times their scales. What comes out is hashed and compared with what `shard` noted of the original,
+and ranks' certificates are held against the hashes of their shares. With a source, its values are compared as well.
 """
 
 import hashlib
