@@ -86,7 +86,7 @@ def _line(
     axes: Axes, lengths: list[int], values: list[float] | list[int], look: tuple[str, object], label: str
 ) -> None:
     colour, dashes = look
-    axes.plot(lengths, values, color=colour, linestyle=dashes, linewidth=1.8, label=label)  # type: ignore[arg-type]
+    axes.plot(lengths, values, color=colour, linestyle=dashes, linewidth=1.8, label=label)
 
 
 def _finish(axes: Axes, title: str, label: FuncFormatter, context: int) -> None:
