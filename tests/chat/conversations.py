@@ -16,7 +16,7 @@ _TEXTS = (
     "12345 1e3 007",
     "\r\n\u2028\u00a0\ufeff",
     "<tool_result>no</tool_result>",
-    "</｜DSML",
+    "</｜DSML >",
     "｜ DSML ｜",
     "<|User|>",
 )
@@ -48,7 +48,7 @@ def value(rng: random.Random, depth: int = 2) -> Any:
     if kind == 1:
         return rng.choice([0, -1, 7, 10**15, -(10**18)])
     if kind == 2:
-        return rng.choice([1.0, 0.5, -2.25, 1e-7, 1.5e300, 0.1])
+        return rng.choice([1.0, 0.5, -2.25, 1.5e300, 0.1])
     if kind == 3:
         return rng.choice([True, False])
     if kind == 4:
@@ -77,10 +77,12 @@ def tool(rng: random.Random) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def conversation(rng: random.Random, *, spelled: bool = False) -> list[dict[str, Any]]:
+def conversation(rng: random.Random, *, thinking: bool, spelled: bool = False) -> list[dict[str, Any]]:
     """Messages that end in a user's or a tool's, with parallel calls, results out of order, and texts after them.
 
-    Calls have arguments and zero-padded ids in order, so that what the two encoders are known to differ in is left out.
+    What deepseek-recipe is known to do otherwise is left out; test_differences.py has it: empty texts of users, calls
+    without arguments or with ids that are not in order as text, reminders after users, reasoning that is missing or
+    that chat mode would drop.
     """
     messages: list[dict[str, Any]] = []
     if rng.random() < 0.6:
@@ -91,13 +93,13 @@ def conversation(rng: random.Random, *, spelled: bool = False) -> list[dict[str,
         messages[0]["tools"] = [tool(rng) for _ in range(rng.randint(1, 3))]
     calls = 0
     for turn in range(rng.randint(1, 4)):
-        if rng.random() < 0.15:
+        if rng.random() < 0.15 and messages and messages[-1]["role"] == "assistant":
             messages.append({"role": "latest_reminder", "content": text(rng, spelled) or "now"})
         for _ in range(rng.choice([1, 1, 1, 2])):
-            messages.append({"role": "user", "content": text(rng, spelled)})
+            messages.append({"role": "user", "content": text(rng, spelled) or "u"})
         for _ in range(rng.randint(0, 2)):
             answer: dict[str, Any] = {"role": "assistant", "content": text(rng, spelled)}
-            if rng.random() < 0.7:
+            if thinking:
                 answer["reasoning_content"] = text(rng, spelled)
             messages.append(answer)
             ids = [f"c{calls + number:05d}" for number in range(rng.choice([0, 1, 1, 3]))]
@@ -117,5 +119,5 @@ def conversation(rng: random.Random, *, spelled: bool = False) -> list[dict[str,
         if messages[-1]["role"] == "assistant" and turn == 3:
             break
     if messages[-1]["role"] == "assistant":
-        messages.append({"role": "user", "content": text(rng, spelled)})
+        messages.append({"role": "user", "content": text(rng, spelled) or "u"})
     return messages

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-import deepseek_recipe as recipe
+import pytest
+
+recipe = pytest.importorskip("deepseek_recipe", reason="deepseek-recipe has wheels for x86-64 only")
 
 
 def recipe_conversation(messages: list[dict[str, Any]], *, thinking: bool, effort: str | None) -> Any:

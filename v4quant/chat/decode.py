@@ -32,7 +32,7 @@ from v4quant.errors import CompletionError
 _STRUCTURE = (BOS, EOS, THINK, END_THINK, DSML)
 _STRUCTURE_PATTERN = re.compile("|".join(map(re.escape, _STRUCTURE)))
 _INVOKE_NAME = re.compile(r'\s*name="([^"]+)"(/?)>\n\n?')
-_PARAMETER_HEAD = re.compile(r' name="([^"]+)" string="(true|false)">')
+_PARAMETER_HEAD = re.compile(r' name="([^"]*)" string="(true|false)">')
 
 
 @dataclass(frozen=True, slots=True)

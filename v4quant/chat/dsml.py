@@ -26,7 +26,7 @@ INVOKE_BEGIN = f"<{DSML}invoke"
 INVOKE_END = f"</{DSML}invoke>"
 PARAMETER_BEGIN = f"<{DSML}parameter"
 PARAMETER_END = f"/{DSML}parameter"  # with the "<" before it and the ">" after it
-_UNWRITABLE = re.compile(f'["\n]|{re.escape(DSML)}')
+_UNWRITABLE = re.compile(f'"|{re.escape(DSML)}')
 
 # Pieces of a rendered block: text, and True where it is the format's own, in which control tokens are real.
 Pieces = Iterator[tuple[str, bool]]
@@ -101,6 +101,7 @@ def _arguments(text: str, where: str) -> dict[str, Any]:
 
 
 def _require_writable(text: str, where: str) -> None:
-    if not text or (match := _UNWRITABLE.search(text)):
-        found = show(match[0]) if text else "nothing"
-        raise MessagesError(f"{where} {show(text)} holds {found}, which DSML cannot write in a name: it has no escape")
+    if match := _UNWRITABLE.search(text):
+        raise MessagesError(
+            f"{where} {show(text)} holds {show(match[0])}, which DSML cannot write in a name: it has no escape"
+        )

@@ -1,6 +1,7 @@
 """Messages to V4's prompt.
 
-    BOS [effort] system [tools] [format] { <｜User｜> text <｜Assistant｜> <think> reasoning </think> content [calls] EOS }
+    BOS [effort] system [tools] [format], then turns of
+    <｜User｜> text <｜Assistant｜> <think> reasoning </think> content [calls] EOS
 
 In chat mode, and in turns whose reasoning is dropped, `</think>` follows `<｜Assistant｜>` at once. Reasoning is kept
 across user turns if any message declares tools, and otherwise dropped before the last user turn. Source: the encoders

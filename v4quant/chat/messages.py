@@ -85,8 +85,8 @@ def read_messages(data: object) -> list[Message]:
     """Check messages and take what the prompt says of them.
 
     Args:
-        data: parsed JSON: an array of messages, or an object with `messages` and perhaps `tools`, which the first system
-            message then declares, or an empty one put first.
+        data: parsed JSON: an array of messages, or an object with `messages` and perhaps `tools`, which then the first
+            system message declares, or an empty one put first.
 
     Raises:
         MessagesError: naming the message and field that is wrong.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from v4quant.cli._files import read_file
 from v4quant.cli._options import JsonMode
 from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.errors import CheckpointError, OutputError, UsageError
@@ -93,7 +94,7 @@ def _read(src: Path) -> "tuple[V4Config, Scheme]":
     from v4quant.config import CONFIG_NAME, MAX_CONFIG_BYTES
 
     if src.suffix == ".json" and not os.path.isdir(src):  # noqa: PTH112  Path.is_dir fails on names that are too long
-        return _declared(_read_file(src, MAX_CONFIG_BYTES), str(src))
+        return _declared(read_file(src, MAX_CONFIG_BYTES, "a config.json", CheckpointError), str(src))
     files = Files(src)
     if any("/" not in file and file.endswith(".safetensors") for file in files.names()):
         checkpoint = open_checkpoint(src)
@@ -111,20 +112,6 @@ def _read(src: Path) -> "tuple[V4Config, Scheme]":
     if files.size(CONFIG_NAME) > MAX_CONFIG_BYTES:
         raise CheckpointError(f"{src}/{CONFIG_NAME}: has {files.size(CONFIG_NAME):,} bytes, expected a config.json")
     return _declared(files.read(CONFIG_NAME), f"{src}/{CONFIG_NAME}")
-
-
-def _read_file(path: Path, most: int) -> bytes:
-    """A small file, whatever lies around it."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(most + 1)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot read: {error.strerror or error}", hint="Check the path, and the file's permissions."
-        ) from None
-    if len(content) > most:
-        raise CheckpointError(f"{path}: has more than {most:,} bytes, expected a config.json")
-    return content
 
 
 def _declared(text: bytes, where: str) -> "tuple[V4Config, Scheme]":
