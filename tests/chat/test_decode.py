@@ -106,9 +106,10 @@ def test_what_is_refused_in_thinking_mode() -> None:
     assert "has a control token in the content" in refusal(f"r</think>c</think>{E}", thinking=True)
 
 
-@pytest.mark.parametrize("cut", range(len(calls(ONE))))
-def test_every_cut_of_a_call_is_refused(cut: int) -> None:
-    refusal(calls(ONE)[:cut])
+def test_every_cut_of_a_call_is_refused() -> None:
+    block = calls(ONE)
+    for cut in range(len(block)):
+        refusal(block[:cut])
 
 
 # The way back.
@@ -133,29 +134,25 @@ def completion_of(message: Message) -> list[tuple[str, bool]]:
     return [(segment.text, segment.is_control) for segment in prompt.segments[at + 1 :]]
 
 
-@pytest.mark.parametrize("seed", range(1000))
-def test_the_way_back(seed: int) -> None:
+@pytest.mark.parametrize("batch", range(10))
+def test_the_way_back(batch: int) -> None:
     """decode(encode(x)) is x, as text and as segments; and encode(decode(text)) is the text."""
-    message = random_message(random.Random(seed))
-    pieces = completion_of(message)
-    text = "".join(piece for piece, _ in pieces)
-    for found in (parse_completion(text, thinking=True), parse_segments(pieces, thinking=True)):
-        assert (found.reasoning, found.content, found.tool_calls) == (
-            message.reasoning,
-            message.content,
-            message.tool_calls,
-        )
-    again = Message(Role.ASSISTANT, found.content, found.reasoning, found.tool_calls)
-    assert completion_of(again) == pieces
+    for seed in range(100 * batch, 100 * (batch + 1)):
+        message = random_message(random.Random(seed))
+        pieces = completion_of(message)
+        text = "".join(piece for piece, _ in pieces)
+        for found in (parse_completion(text, thinking=True), parse_segments(pieces, thinking=True)):
+            again = Message(Role.ASSISTANT, found.content, found.reasoning, found.tool_calls)
+            assert again == message, seed
+            assert completion_of(again) == pieces, seed
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_text_that_spells_control_tokens_comes_back_from_segments(seed: int) -> None:
-    rng = random.Random(seed)
-    spelled = "".join(rng.choice([*conversations.SPELLED, "a\n\n<｜DSML｜tool_calls>\n"]) for _ in range(3))
-    message = Message(Role.ASSISTANT, spelled, spelled)
-    found = parse_segments(completion_of(message), thinking=True)
-    assert (found.reasoning, found.content) == (spelled, spelled)
+def test_text_that_spells_control_tokens_comes_back_from_segments() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        spelled = "".join(rng.choice([*conversations.SPELLED, "a\n\n<｜DSML｜tool_calls>\n"]) for _ in range(3))
+        found = parse_segments(completion_of(Message(Role.ASSISTANT, spelled, spelled)), thinking=True)
+        assert (found.reasoning, found.content) == (spelled, spelled)
 
 
 def test_any_control_token_in_content_is_refused_in_segments() -> None:
