@@ -179,12 +179,10 @@ def test_tools_and_response_format() -> None:
 
 
 def test_tools_of_a_request() -> None:
-    expected = chat(system("", tools=[TOOL]), user("p"))
-    assert encode(read_messages({"messages": [user("p")], "tools": [TOOL]}), EncodeOptions()).text == expected
-    declared = read_messages({"messages": [system("s", response_format={"a": 1}), user("p")], "tools": [TOOL]})
-    assert encode(declared, EncodeOptions()).text == chat(
-        system("s", tools=[TOOL], response_format={"a": 1}), user("p")
-    )
+    for first in (system(""), system("s", response_format={"a": 1}, task="query")):
+        declared = read_messages({"messages": [first, user("p")], "tools": [TOOL]})
+        assert declared == read_messages([{**first, "tools": [TOOL]}, user("p")])
+    assert read_messages({"messages": [user("p")], "tools": []}) == read_messages([user("p")])
 
 
 def test_developers_vanish_before_the_last_user_without_tools() -> None:
@@ -391,6 +389,8 @@ def test_wrong_requests() -> None:
         read_messages({"messages": [user("p")], "response_format": {}})
     with pytest.raises(MessagesError, match=r"messages\[0\].tools and the request's tools are both given"):
         read_messages({"messages": [system("", tools=[TOOL])], "tools": [TOOL]})
+    with pytest.raises(MessagesError, match=r"messages\[0\].role is 'user', expected system, to declare the request"):
+        read_messages({"messages": [user("p"), system("")], "tools": [TOOL]})
     with pytest.raises(MessagesError, match=r"the request.tools\[0\].function is missing"):
         read_messages({"messages": [user("p")], "tools": [FUNCTION]})
 

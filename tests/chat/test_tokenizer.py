@@ -102,7 +102,7 @@ def span_texts(messages: list[dict[str, Any]]) -> list[tuple[Part, int, str]]:
 
 def test_spans() -> None:
     """A token over a seam belongs to the part that it begins in: the line breaks between an answer and its calls."""
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi </think>"},
         {

@@ -8,7 +8,7 @@ and latest_reminder. Keys that have no effect on the prompt are not looked at.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NoReturn
 
@@ -85,37 +85,36 @@ def read_messages(data: object) -> list[Message]:
     """Check messages and take what the prompt says of them.
 
     Args:
-        data: parsed JSON: an array of messages, or an object with `messages` and perhaps `tools`, which then the first
-            system message declares, or an empty one put first.
+        data: parsed JSON: an array of messages; or an object with `messages` and `tools`, as requests have them, whose
+            tools the first message, a system message, then declares.
 
     Raises:
         MessagesError: naming the message and field that is wrong.
     """
-    tools: object = None
+    found, tools = data, ()
     if isinstance(data, dict):
         unknown = sorted(set(map(str, data)) - {"messages", "tools"})
         if unknown:
             raise MessagesError(
                 f"key {show(unknown[0])}, expected an array of messages, or an object of messages and tools"
             )
-        data, tools = data.get("messages"), data.get("tools")
-    if not isinstance(data, list) or not data:
-        raise MessagesError(f"messages is {show(data)}, expected an array of at least one message")
-    messages = [_Fields(message, f"messages[{index}]").message() for index, message in enumerate(data)]
-    return _declare(messages, tools) if tools else messages
+        found, tools = data.get("messages"), _Fields(data, "the request").tools()
+    if not isinstance(found, list) or not found:
+        raise MessagesError(f"messages is {show(found)}, expected an array of at least one message")
+    messages = [_Fields(message, f"messages[{index}]").message() for index, message in enumerate(found)]
+    return [_declaring(messages[0], tools), *messages[1:]] if tools else messages
 
 
-def _declare(messages: list[Message], tools: object) -> list[Message]:
-    """Let the first system message, or an empty one put first, declare tools that the request declares."""
-    lines = _Fields({"tools": tools}, "the request").tools()
-    at = next((index for index, message in enumerate(messages) if message.role is Role.SYSTEM), None)
-    if at is None:
-        return [Message(Role.SYSTEM, tools=lines), *messages]
-    if messages[at].tools:
-        raise MessagesError(f"messages[{at}].tools and the request's tools are both given, expected one")
-    first = messages[at]
-    declared = Message(first.role, first.content, tools=lines, response_format=first.response_format, task=first.task)
-    return [*messages[:at], declared, *messages[at + 1 :]]
+def _declaring(first: Message, tools: tuple[str, ...]) -> Message:
+    """The first message with the tools that the request declares."""
+    if first.role is not Role.SYSTEM:
+        raise MessagesError(
+            f"messages[0].role is {show(str(first.role))}, expected system, to declare the request's tools",
+            hint='Put it first: {"role": "system", "content": ""}',
+        )
+    if first.tools:
+        raise MessagesError("messages[0].tools and the request's tools are both given, expected one")
+    return replace(first, tools=tools)
 
 
 class _Fields:
@@ -144,7 +143,7 @@ class _Fields:
     def message(self) -> Message:
         """The whole message."""
         try:
-            role = Role(self.data.get("role"))
+            role = Role(str(self.data.get("role")))
         except ValueError:
             self.wrong("role", f"one of {', '.join(Role)}")
         if role is Role.TOOL:
