@@ -91,7 +91,8 @@ def read_messages(data: object) -> list[Message]:
     Raises:
         MessagesError: naming the message and field that is wrong.
     """
-    found, tools = data, ()
+    found: object = data
+    tools: tuple[str, ...] = ()
     if isinstance(data, dict):
         unknown = sorted(set(map(str, data)) - {"messages", "tools"})
         if unknown:
