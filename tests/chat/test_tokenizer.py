@@ -137,6 +137,14 @@ def test_spans() -> None:
     ]
 
 
+def test_a_span_ends_where_the_next_token_begins_in_another_part() -> None:
+    messages = [{"role": "system", "content": "Hi", "tools": [{"function": {"name": "f"}}]}]
+    (_, system, tools) = span_texts(messages)
+    assert system == (Part.SYSTEM, 0, "Hi")
+    assert tools[:2] == (Part.TOOLS, 0)
+    assert tools[2].startswith("\n\n## Tools")
+
+
 def test_spans_of_random_conversations() -> None:
     for seed in range(50):
         messages = conversations.conversation(random.Random(seed), thinking=True, spelled=True)

@@ -71,7 +71,7 @@ def _seen(context: int, ratio: int, most: int) -> float:
 
 def _mean_seen(context: int, ratio: int, most: int) -> float:
     """The same, averaged over every position: the sum over t = 1 to n of min(t // ratio, most), divided by n."""
-    rising = min(context, ratio * most + ratio - 1)  # positions at which t // ratio <= most
+    rising = min(context, ratio * most)  # from there on it is `most`
     whole = rising // ratio
     total = ratio * whole * (whole - 1) // 2 + whole * (rising - ratio * whole + 1)
     return (total + (context - rising) * most) / context
