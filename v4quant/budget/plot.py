@@ -64,7 +64,7 @@ def draw(config: V4Config, release: str, context: int) -> Figure:
         baselines.gqa8_decode_flops(config, n, sum(count for part, count in parts.items() if part not in attention))
         for n, parts in zip(lengths, decode, strict=True)
     ]
-    _line(right, lengths, dense, _GQA8, "the same with GQA-8 over all tokens")
+    _line(right, lengths, dense, _GQA8, f"{release} with GQA-8 over all tokens")
     _finish(left, "KV cache of one sequence", _bytes_label, context)
     _finish(right, "FLOPs of one decode step", _flops_label, context)
     right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # under two decades

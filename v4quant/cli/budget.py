@@ -232,7 +232,10 @@ def _print_gpu(output: Output, report: Mapping[str, Any]) -> None:
         f"{gpu['gpus']} x {gpu['name']}: {decimal_bytes(gpu['memory_bytes'])} each, 90 % of it for weights and caches"
     )
     for way, meaning in _WAYS.items():
-        output.line(meaning)
+        if gpu["gpus"] == 1 and way == "expert_parallel":
+            continue  # the same on one
+        if gpu["gpus"] > 1:
+            output.line(meaning)
         output.line(f"  {'':<8}{'weights a GPU':>15}{'fits':>6}{'longest context':>18}{'sequences at once':>20}")
         for name, ways in gpu["formats"].items():
             fit = ways[way]
