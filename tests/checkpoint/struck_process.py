@@ -51,5 +51,5 @@ if __name__ == "__main__":
     striker = Striker(whom, Path(snapshot), Path(argv[2]))
     is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     if is_last and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        ShardFile.finish = lambda file: striker.finish(file)  # type: ignore[method-assign]
+        ShardFile.finish = lambda self: striker.finish(self)  # type: ignore[method-assign]
     sys.exit(main(argv))

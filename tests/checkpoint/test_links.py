@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.conversion import convert, plan_of, stored, write_small
-from v4quant.checkpoint import apply as apply_module
 from v4quant.checkpoint import linked_files
 from v4quant.checkpoint.apply import apply
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME, Verdict
 from v4quant.checkpoint.file_stamp import is_same_fingerprint
 from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.journal import lock_journal
+from v4quant.checkpoint.journal_keeper import JournalKeeper
 from v4quant.checkpoint.layout import Packing
 from v4quant.checkpoint.reader import JOURNAL_NAME, open_checkpoint
 from v4quant.checkpoint.verify import verify_against
@@ -182,15 +182,15 @@ def strike(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, after: int)
     """A run that ends with an error after so many shards."""
     noted: list[str] = []
 
-    def note(self: apply_module.JournalKeeper, shard: str, records: Any) -> None:
+    def note(self: JournalKeeper, shard: str, records: Any) -> None:
         if len(noted) == after:
             raise OutputError("the disk is full")
         noted.append(shard)
         original(self, shard, records)
 
-    original = apply_module.JournalKeeper.note
+    original = JournalKeeper.note
     with monkeypatch.context() as patch:
-        patch.setattr(apply_module.JournalKeeper, "note", note)
+        patch.setattr(JournalKeeper, "note", note)
         with pytest.raises(OutputError):
             convert(source, out, "native", workers=1)
 

@@ -195,7 +195,7 @@ def test_ctrl_c_in_one_ends_all(
         results = together(2, native, out, "fp8")
     assert isinstance(results[rank], InterruptedRunError)
     assert isinstance(results[1 - rank], EndedElsewhereError)
-    assert results[1 - rank].exit_code == 130
+    assert getattr(results[1 - rank], "exit_code", None) == 130
     kept = "what was written is" if rank else f"{len(finished(out))} of 7 shards are"
     assert str(results[rank]) == f"interrupted: {kept} finished and kept"
     assert_only_whole_files(out, alone("fp8"))

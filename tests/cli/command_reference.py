@@ -16,7 +16,7 @@ Results go to stdout, everything else to stderr; with `--json` stdout is exactly
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | a check ran and failed: a mismatch, a rounding that nobody allowed, a verdict `different` |
+| 1 | a check ran and failed: a mismatch, a rounding not allowed, a verdict `different`, a malformed completion |
 | 2 | usage, or a config.json that v4quant does not support |
 | 3 | bad or missing checkpoint data |
 | 5 | disk or output folder |

@@ -143,8 +143,11 @@ def _source(folder: Path) -> Source:
     return WholeFiles(open_sharded_folder(files))
 
 
-def open_source(files: Source) -> Checkpoint:
+def open_source(files: Source, *, is_part: bool = False) -> Checkpoint:
     """The same of files that may lie anywhere.
+
+    Args:
+        is_part: they are a part of a checkpoint, as a rank's folder is: only what they say of themselves is checked.
 
     Raises:
         CheckpointError, UsageError: as open_checkpoint.
@@ -166,12 +169,13 @@ def open_source(files: Source) -> Checkpoint:
             hint="Download or export these files again.",
         )
     scheme = detect_scheme(headers.tensors, parsed, files.where)
-    problems = [*headers.problems, *audit_config(config, scheme, headers.tensors, parsed)]
-    model = config
-    if len(problems) > len(headers.problems):
-        # A config of another model would make every tensor wrong; compare with the model that is there.
-        model = stored_config(config_json, headers.tensors, parsed) or config
-    problems += audit_tensors(model, scheme, headers.tensors, parsed)
+    problems, model = list(headers.problems), config
+    if not is_part:
+        problems += audit_config(config, scheme, headers.tensors, parsed)
+        if len(problems) > len(headers.problems):
+            # A config of another model would make every tensor wrong; compare with the model that is there.
+            model = stored_config(config_json, headers.tensors, parsed) or config
+        problems += audit_tensors(model, scheme, headers.tensors, parsed)
     if index is not None:
         problems += audit_index(index, headers.tensors, set(headers.sha256))
     return Checkpoint(
@@ -213,7 +217,7 @@ class _Headers:
             if first is not entry:
                 self.problems.append(Problem(entry.name, f"is stored twice, in {first.file} and in {name}"))
 
-    def read_index(self, files: Files) -> Index | None:
+    def read_index(self, files: Source) -> Index | None:
         """The index; None where there is none or it cannot be read."""
         if INDEX_NAME not in files:
             if len(self.sha256) > 1:

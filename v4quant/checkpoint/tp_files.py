@@ -71,9 +71,11 @@ def files_of_rank(rank: int, tensors: Sequence[HeaderTensor], run: Run) -> list[
 def _units(tensors: Iterable[HeaderTensor]) -> list[tuple[HeaderTensor, ...]]:
     """Weights, each with its scale, block by block."""
     of_name = {tensor[0]: tensor for tensor in tensors}
-    scales = {scale_name(name) for name in of_name if name.endswith(".weight")} & of_name.keys()
+    scale_of = {name: scale_name(name) for name in of_name if name.endswith(".weight")}
+    scale_of = {name: scale for name, scale in scale_of.items() if scale in of_name}
+    scales = set(scale_of.values())
     units = [
-        (tensor, of_name[scale_name(name)]) if scale_name(name) in scales else (tensor,)
+        (tensor, of_name[scale_of[name]]) if name in scale_of else (tensor,)
         for name, tensor in of_name.items()
         if name not in scales
     ]

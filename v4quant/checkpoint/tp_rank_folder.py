@@ -73,7 +73,15 @@ def _record(layout: ShardedLayout, place: Place, cuts: Mapping[str, Any]) -> byt
         "experts": _range({name.expert for name in names if name.expert >= 0}),
         "cut": dict(sorted(cuts.items())),
     }
-    return (json.dumps(told, indent=1) + "\n").encode()
+    return _json(told).encode()
+
+
+def _json(told: Mapping[str, Any]) -> str:
+    """A line for each key, and for each tensor that is cut."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(cut)}" for name, cut in told["cut"].items()]
+    head = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in told.items() if key != "cut"]
+    cut = ' "cut": {\n' + ",\n".join(lines) + "\n }" if lines else ' "cut": {}'
+    return "{\n" + ",\n".join([*head, cut]) + "\n}\n"
 
 
 def _range(numbers: set[int]) -> list[int]:
