@@ -132,6 +132,25 @@ def test_every_process_writes(native: Path, tmp_path: Path, monkeypatch: pytest.
     )
 
 
+def test_a_process_of_an_earlier_attempt_cannot_touch_what_a_later_one_writes(
+    native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that was cut off it may still write for a while: to partial files of its own."""
+    partial: set[tuple[str, str]] = set()
+    original = ShardFile.__init__
+
+    def begin(self: ShardFile, path: Path, header: bytes, file_bytes: int, own: Path | None = None) -> None:
+        assert own is not None
+        partial.add((path.name, own.name))
+        original(self, path, header, file_bytes, own)
+
+    monkeypatch.setattr(ShardFile, "__init__", begin)
+    for attempt in range(2):
+        together(2, native, tmp_path / str(attempt), "fp8")
+    assert len({shard for shard, _ in partial}) == 7
+    assert len({own for _, own in partial}) == 14
+
+
 def test_the_first_process_shows_everybodys_progress(
     native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
