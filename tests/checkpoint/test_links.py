@@ -244,6 +244,17 @@ def test_overwriting_a_linked_checkpoint_leaves_its_source_alone(source: Path, t
     assert are_linked(out, source) == [False] * 4
 
 
+def test_overwriting_links_frees_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    convert(source, out, "native")
+    plan = plan_of(source, "bf16")
+    free = plan.disk_bytes - sum(path.stat().st_size for path in weights(source)) // 2
+    monkeypatch.setattr("v4quant.checkpoint.output.free_bytes", lambda _folder: free)
+    with pytest.raises(OutputError, match=rf"bytes, {free:,} are free"):
+        apply(plan, out, overwrite=True)
+    assert are_linked(out, source) == [True] * 4
+
+
 def test_a_link_that_is_replaced_while_its_file_is_proved(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

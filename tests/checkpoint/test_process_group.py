@@ -97,6 +97,24 @@ def test_what_an_earlier_attempt_left_in_the_store_is_not_taken_for_news() -> No
     assert in_processes(2, lambda group: group.broadcast(group.rank), store) == [0, 0]
 
 
+def test_an_answer_to_an_earlier_attempt_is_not_taken_for_one() -> None:
+    store, tokens = new_store(), []
+    store.set("v4quant/welcome/1", "0123456789abcdef 0123456789abcdef")
+
+    def join(rank: int) -> None:
+        tokens.append(JobStore(rank, 2, store).token)
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in (1, 0)]
+    threads[0].start()
+    threads[0].join(0.1)
+    assert threads[0].is_alive()
+    threads[1].start()
+    for thread in threads:
+        thread.join(30)
+    assert len(tokens) == 2
+    assert tokens[0] == tokens[1] != "0123456789abcdef"
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_one_that_fails_stops_the_others_at_their_next_step(failing: int) -> None:
     def work(group: ProcessGroup) -> None:
@@ -198,6 +216,7 @@ def test_the_first_process_hears_of_everybodys_bytes() -> None:
         report = group.progress(lambda count, item: counted.update({item: count}))
         for _ in range(10):
             report(group.rank + 1, "own")
+            time.sleep(0.01)  # over several heartbeats
         deadline = time.monotonic() + 20
         while group.is_first and counted.total() < 60 and time.monotonic() < deadline:
             time.sleep(0.005)

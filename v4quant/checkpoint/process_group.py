@@ -217,7 +217,6 @@ class ProcessGroup:
                     seen[rank] = self._listen(store, rank, last)
             except V4QuantError as error:
                 self._trouble = error
-                _announce(store, error)
                 return
 
     def _listen(self, store: JobStore, rank: int, last: "_Heartbeat") -> "_Heartbeat":
