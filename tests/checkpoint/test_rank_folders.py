@@ -204,3 +204,22 @@ def test_overwriting_leaves_no_ranks_behind(flash: Path, tmp_path: Path) -> None
     assert main(["shard", str(flash), str(tmp_path / "out"), "--tp", "1", "--ep", "2", "--overwrite"]) == 0
     split(flash, tmp_path / "fresh", Grid(1, 2), max_shard_bytes=5 * 10**9)
     assert_same_checkpoint(tmp_path / "out", tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [("rank-002/model-00003-of-00006.safetensors", 1, "with sha256"), ("v4quant.extra.safetensors", 3, "kept header")],
+)
+def test_a_damaged_split_is_not_passed_on(
+    name: str, code: int, said: str, flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into another split as little as into a checkpoint: what comes out must have the hashes that were noted."""
+    split(flash, tmp_path / "ranks", Grid(2, 2))
+    data = bytearray((tmp_path / "ranks" / name).read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "ranks" / name).write_bytes(data)
+    out = tmp_path / "out"
+    assert main(["shard", str(tmp_path / "ranks"), str(out), "--tp", "2"]) == code
+    assert said in capsys.readouterr().err
+    with pytest.raises(CheckpointError):
+        open_checkpoint(out)

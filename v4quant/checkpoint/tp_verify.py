@@ -185,7 +185,9 @@ class _Consistency:
                     if self._shares[record.tensor][number] != record.sha256:
                         yield Mismatch(record.tensor, f"has another sha256 than {where} says", {"file": entry.file})
             if left:
-                yield Mismatch(min(left), f"has no line in {where} (and {len(left) - 1} more)")
+                yield Mismatch(
+                    min(left), f"has no line in {where}{f' (and {len(left) - 1} more)' if len(left) > 1 else ''}"
+                )
 
 
 def _share_numbers(placements: Mapping[str, list[Placement]]) -> dict[str, dict[str, int]]:
