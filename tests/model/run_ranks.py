@@ -1,6 +1,6 @@
-"""Run a cut checkpoint as one process of a job, and save what every layer gives: started by test_process_ranks.py.
+"""Run a sharded checkpoint as one process of a job, and save what every layer gives: started by test_process_ranks.py.
 
-python -m torch.distributed.run --nproc-per-node N tests/model/run_ranks.py WHOLE CUT GRID OUT [fault]
+python -m torch.distributed.run --nproc-per-node N tests/model/run_ranks.py SHARDED OUT [fault]
 """
 
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from tests.model.cut import GRIDS, opened
 from v4quant.checkpoint.process_group import EndedElsewhereError, ProcessGroup
+from v4quant.checkpoint.rank_tensors import open_ranks
 from v4quant.errors import CheckpointError, V4QuantError
 from v4quant.model.arithmetic import Arithmetic
 from v4quant.model.process_ranks import ProcessRanks
@@ -51,8 +51,8 @@ class Faulty(RankWorker):
         return super().do(order)
 
 
-def main(whole: Path, folder: Path, grid: str, out: Path, fault: str = "") -> None:
-    sharded = opened(whole, folder, GRIDS[grid])
+def main(folder: Path, out: Path, fault: str = "") -> None:
+    sharded = open_ranks(folder)
     device = torch.device("cpu")
     with (
         ProcessGroup.from_environment() as group,
@@ -72,7 +72,7 @@ def main(whole: Path, folder: Path, grid: str, out: Path, fault: str = "") -> No
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), *sys.argv[5:])
+        main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
     except EndedElsewhereError as ended:
         sys.exit(ended.exit_code)
     except V4QuantError as error:

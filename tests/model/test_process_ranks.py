@@ -25,7 +25,7 @@ ROOT = Path(tests.__file__).parents[1]
 def run_ranks(folder: Path, grid: str, out: Path, *fault: str) -> subprocess.CompletedProcess[str]:
     """Start a process a rank, and wait for them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(GRIDS[grid].ranks)]
-    command += [str(ROOT / "tests/model/run_ranks.py"), str(BASE.folder), str(folder), grid, str(out), *fault]
+    command += [str(ROOT / "tests/model/run_ranks.py"), str(folder), str(out), *fault]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 

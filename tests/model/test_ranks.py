@@ -14,7 +14,7 @@ from tests.checkpoint.sharding import shard
 from tests.model.cut import GRIDS, cut
 from tests.model.references import Reference, named, relative_error
 from v4quant.checkpoint.grid import Grid
-from v4quant.checkpoint.rank_tensors import Sharded, open_sharded
+from v4quant.checkpoint.rank_tensors import Sharded, open_ranks
 from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.errors import CheckpointError
 from v4quant.model.arithmetic import Activations, Arithmetic, Products
@@ -43,7 +43,7 @@ def cuts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Shard
         out = tmp_path_factory.mktemp("cut")
         if grid == "flat":
             shard(named(reference).folder, out / "flat", 2)
-            return open_sharded(out / "flat")
+            return open_ranks(out / "flat")
         return cut(named(reference).folder, out / "cut", GRIDS[grid])
 
     return make
@@ -123,7 +123,7 @@ def test_joined_weights_are_the_checkpoints(fp8_experts: bool, tmp_path: Path) -
     """Put together again, shares compute the very bits of the checkpoint, as FP8 and wo_a as BF16 too."""
     shard(FLASH.folder, tmp_path / "flat", 2, fp8_experts=fp8_experts)
     inputs, expected, expected_logits = whole("tiny-flash")
-    with torch.inference_mode(), StreamedModel(open_sharded(tmp_path / "flat")) as model:
+    with torch.inference_mode(), StreamedModel(open_ranks(tmp_path / "flat")) as model:
         for one, other in zip(layers(model, FLASH.ids[:TOKENS], inputs), expected, strict=True):
             assert torch.equal(one.streams, other.streams)
         assert torch.equal(model.head().logits(expected[-1].streams), expected_logits)
@@ -287,7 +287,7 @@ def test_an_error_on_this_side_ends_all(cuts: Callable[[str, str], Sharded]) -> 
 
 def test_a_damaged_share_is_named(tmp_path: Path) -> None:
     shard(BASE.folder, tmp_path / "flat", 2)
-    sharded = open_sharded(tmp_path / "flat")
+    sharded = open_ranks(tmp_path / "flat")
     entry = sharded.ranks[1].tensors["layers.1.attn.attn_sink"]
     with (tmp_path / "flat" / entry.file).open("r+b") as file:
         file.seek(entry.start)
@@ -295,7 +295,7 @@ def test_a_damaged_share_is_named(tmp_path: Path) -> None:
     with (
         torch.inference_mode(),
         pytest.raises(CheckpointError, match=r"model1-mp2\.safetensors: layers\.1\.attn\.attn_sink: NaN"),
-        virtual_model(open_sharded(tmp_path / "flat"), Arithmetic(), "cpu") as model,
+        virtual_model(open_ranks(tmp_path / "flat"), Arithmetic(), "cpu") as model,
     ):
         layers(model, BASE.ids[:5])
 
@@ -315,20 +315,20 @@ def test_models_in_several_threads(cuts: Callable[[str, str], Sharded]) -> None:
 
 def test_a_config_that_is_not_the_checkpoints(tmp_path: Path) -> None:
     shard(BASE.folder, tmp_path / "flat", 2)
-    extra = tmp_path / "flat" / "v4quant.tp-extra.safetensors"
+    extra = tmp_path / "flat" / "v4quant.extra.safetensors"
     data = extra.read_bytes()
     assert data.count(b'"sliding_window": 32') == 1
     extra.write_bytes(data.replace(b'"sliding_window": 32', b'"sliding_window": 31'))
-    with pytest.raises(CheckpointError, match=r"config\.json: is not the file that v4quant\.shards\.json tells of"):
-        open_sharded(tmp_path / "flat")
+    with pytest.raises(CheckpointError, match=r"config\.json is not the file that v4quant\.shards\.json tells of"):
+        open_ranks(tmp_path / "flat")
 
 
-@pytest.mark.parametrize("name", ["model1-mp2.safetensors", "v4quant.tp-extra.safetensors"])
+@pytest.mark.parametrize("name", ["model1-mp2.safetensors", "v4quant.extra.safetensors"])
 def test_a_missing_rank(name: str, tmp_path: Path) -> None:
     shard(BASE.folder, tmp_path / "flat", 2)
     (tmp_path / "flat" / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name}: is missing"):
-        open_sharded(tmp_path / "flat")
+        open_ranks(tmp_path / "flat")
 
 
 def test_ranks_in_another_order(tmp_path: Path) -> None:
@@ -338,4 +338,4 @@ def test_ranks_in_another_order(tmp_path: Path) -> None:
     shutil.move(second, first)
     shutil.move(tmp_path / "aside", second)
     with pytest.raises(CheckpointError, match="holds rank 1, expected rank 0"):
-        open_sharded(tmp_path / "flat")
+        open_ranks(tmp_path / "flat")

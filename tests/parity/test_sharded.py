@@ -14,7 +14,7 @@ from tests.checkpoint.sharding import shard
 from tests.model.cut import GRIDS, cut
 from tests.model.references import named
 from v4quant.checkpoint.compare_shares import share_differences
-from v4quant.checkpoint.rank_tensors import Sharded, open_sharded
+from v4quant.checkpoint.rank_tensors import Sharded, open_ranks
 from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.model import block
 from v4quant.model.experts import routed_experts
@@ -49,7 +49,7 @@ def exchanged(flat: Path, out: Path, pairs: Iterable[tuple[str, str]]) -> Sharde
     """
     shutil.copytree(flat, out)
     for names in pairs:
-        sharded = open_sharded(out)
+        sharded = open_ranks(out)
         entries = [rank.tensors[name] for rank, name in zip(sharded.ranks, names, strict=True)]
         data = [
             rank.files.read(own.file, own.start, own.stop) for rank, own in zip(sharded.ranks, entries, strict=True)
@@ -59,13 +59,13 @@ def exchanged(flat: Path, out: Path, pairs: Iterable[tuple[str, str]]) -> Sharde
             with (out / entry.file).open("r+b") as file:
                 file.seek(entry.start)
                 file.write(other)
-    return open_sharded(out)
+    return open_ranks(out)
 
 
 @pytest.mark.parametrize("fp8_experts", [False, True])
 def test_deepseeks_layout(fp8_experts: bool, tmp_path: Path) -> None:
     shard(FLASH.folder, tmp_path / "mp2", 2, fp8_experts=fp8_experts)
-    found = compared(open_sharded(tmp_path / "mp2"), FLASH.folder, 140)
+    found = compared(open_ranks(tmp_path / "mp2"), FLASH.folder, 140)
     assert found.judgement.verdict is not Verdict.DIFFERENT
     assert not found.attribution
     assert all(item.counted == item.expected for own in found.outcome.layers for item in own.executed)
@@ -85,7 +85,7 @@ def test_every_grid(grid: str, tmp_path: Path) -> None:
 
 
 def test_what_is_said_of_it(flat: Path) -> None:
-    whole, sharded = open_checkpoint(BASE.folder), open_sharded(flat)
+    whole, sharded = open_checkpoint(BASE.folder), open_ranks(flat)
     task = Task(sharded, whole, built_prompts(whole.config, 30, None))
     result = to_json(task, compare(task), [])
     told = result["evidence"]["candidate"]
@@ -132,7 +132,7 @@ def test_a_share_in_the_wrong_rank(what: str, flat: Path, tmp_path: Path) -> Non
 def test_a_wrong_share_of_sinks(flat: Path, tmp_path: Path) -> None:
     """Sinks of miniatures weigh little: of all layers, where they are made to matter."""
     shutil.copytree(flat, tmp_path / "strong")
-    for rank in open_sharded(tmp_path / "strong").ranks:
+    for rank in open_ranks(tmp_path / "strong").ranks:
         entry = rank.tensors["layers.0.attn.attn_sink"]
         with (tmp_path / "strong" / entry.file).open("r+b") as file:
             file.seek(entry.start)
@@ -144,7 +144,7 @@ def test_a_wrong_share_of_sinks(flat: Path, tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(entry.start)
         file.write(torch.tensor([4.0, 1.0, -2.0, 0.0]).numpy().tobytes())
-    assert compared(open_sharded(tmp_path / "strong"), whole).judgement.verdict is not Verdict.DIFFERENT
+    assert compared(open_ranks(tmp_path / "strong"), whole).judgement.verdict is not Verdict.DIFFERENT
     wrong = exchanged(tmp_path / "strong", tmp_path / "copy", [("layers.0.attn.attn_sink", "layers.0.attn.attn_sink")])
     found = compared(wrong, whole)
     assert found.judgement.verdict is Verdict.DIFFERENT
@@ -164,13 +164,13 @@ def test_a_module_that_one_rank_does_not_run(flat: Path, monkeypatch: pytest.Mon
     """Its experts, of which other ranks know nothing."""
     skipped = only_in("rank 1", lambda asked, _: [own.empty() for own in asked], routed_experts)
     monkeypatch.setattr(block, "routed_experts", skipped)
-    found = compared(open_sharded(flat), length=30)
+    found = compared(open_ranks(flat), length=30)
     assert found.judgement.verdict is Verdict.DIFFERENT
     assert any(departure.figure.startswith(NOT_EXECUTED) for departure in found.judgement.departures)
 
 
 def test_stored_outputs(flat: Path) -> None:
-    sharded = open_sharded(flat)
+    sharded = open_ranks(flat)
     stored = StoredOutputs(BASE.outputs, sharded.config)
     prompts = Prompts.of([stored.input_ids], stored.prefill, sharded.config, "stored")
     found = compare(Task(sharded, stored, prompts))
@@ -180,7 +180,7 @@ def test_stored_outputs(flat: Path) -> None:
 def test_differences_of_values(flat: Path, tmp_path: Path) -> None:
     """Of every tensor but those that ranks do without; wo_a is compared though it is BF16 in ranks."""
     whole = open_checkpoint(BASE.folder)
-    assert not list(share_differences(open_sharded(flat), whole, ""))
+    assert not list(share_differences(open_ranks(flat), whole, ""))
     wrong = exchanged(flat, tmp_path / "copy", [("layers.0.attn.wo_a.weight", "layers.0.attn.wo_a.weight")])
     (found,) = share_differences(wrong, whole, "")
     assert found.tensor == "layers.0.attn.wo_a.weight"

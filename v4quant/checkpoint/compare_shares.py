@@ -13,7 +13,7 @@ from v4quant.checkpoint.joined_weights import JoinedWeights
 from v4quant.checkpoint.rank_tensors import Sharded
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.checkpoint.tp_rules import Split, split_of
-from v4quant.checkpoint.verify import Mismatch
+from v4quant.checkpoint.verify_report import Mismatch
 from v4quant.checkpoint.weights import Weights
 from v4quant.errors import CheckpointError
 from v4quant.inventory import LogicalTensor
@@ -30,7 +30,7 @@ def share_differences(out: Sharded, source: Checkpoint, prefix: str) -> Iterator
     ours, theirs = JoinedWeights(out), Weights(source)
     for tensor in source.logical:
         parsed = source.parsed[tensor.name]
-        if not tensor.name.startswith(prefix) or split_of(parsed) is Split.LEFT_OUT:
+        if not tensor.name.startswith(prefix) or split_of(parsed, out.layout) is Split.LEFT_OUT:
             continue
         if reason := _difference(ours, theirs, tensor):
             ranks = ours.ranks_of(tensor.name)

@@ -25,7 +25,7 @@ class JoinedWeights:
 
     def __init__(self, sharded: Sharded) -> None:
         self.scheme: Scheme = sharded.scheme
-        self._where = sharded.where
+        self._where, self._layout = sharded.where, sharded.layout
         self._ranks = [(own.place, Weights(own)) for own in sharded.ranks]
 
     @property
@@ -101,7 +101,7 @@ class JoinedWeights:
         if not holders or parsed is None:
             raise CheckpointError(f"{self._where}: no rank has a tensor {name}", hint="Shard the checkpoint again.")
         first = holders[0][0]
-        axis = _AXES.get(split_of(parsed))
+        axis = _AXES.get(split_of(parsed, self._layout))
         if axis is None:
             return [holders[0][1]], 0
         return [own for place, own in holders if (place.stage, place.ep_rank) == (first.stage, first.ep_rank)], axis

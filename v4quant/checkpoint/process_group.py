@@ -222,7 +222,6 @@ class ProcessGroup:
                     seen[rank] = self._listen(store, rank, last)
             except V4QuantError as error:
                 self._trouble = error
-                _announce(store, error)
                 return
 
     def _listen(self, store: JobStore, rank: int, last: "_Heartbeat") -> "_Heartbeat":
@@ -235,6 +234,8 @@ class ProcessGroup:
         beat, done_bytes = store.get(f"alive/{rank}") if store.has(f"alive/{rank}") else (0, 0)
         if beat == last.beat:
             if now - last.seen > LOST_SECONDS:
+                for part in ("ended", "closed"):  # on its behalf, so that nobody waits for that
+                    store.put(f"{part}/{rank}", True)
                 silence = f"has not been heard of for {LOST_SECONDS:.0f} seconds"
                 raise LostProcessError(f"process {rank} of {self.size} {silence}", hint=LOST_HINT)
             return last

@@ -7,6 +7,7 @@ earlier attempt of the same job left, so the processes first agree on a token th
 import contextlib
 import datetime
 import json
+import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -69,7 +70,8 @@ class JobStore:
         self.size = size
         self.token = ""
         self._store = store
-        with _store_errors():
+        self._is_lost = False
+        with self._store_errors():
             if rank == 0:
                 self._welcome_all()
             else:
@@ -77,28 +79,43 @@ class JobStore:
 
     def put(self, topic: str, value: Any) -> None:
         """Leave a JSON value."""
-        with _store_errors():
+        with self._store_errors():
             self._store.set(self._key(topic), json.dumps(value))
 
     def put_first(self, topic: str, value: Any) -> Any:
         """Leave a JSON value unless there is one already; returns the one that stands."""
-        with _store_errors():
+        with self._store_errors():
             return json.loads(self._store.compare_set(self._key(topic), "", json.dumps(value)))
 
     def has(self, *topics: str) -> bool:
         """True if all of these have a value."""
-        with _store_errors():
+        with self._store_errors():
             return self._store.check([self._key(topic) for topic in topics])
 
     def get(self, topic: str) -> Any:
         """A value that is there."""
-        with _store_errors():
+        with self._store_errors():
             return json.loads(self._store.get(self._key(topic)))
 
     def forget(self, topic: str) -> None:
         """Remove a value that nobody needs any more."""
-        with _store_errors():
+        with self._store_errors():
             self._store.delete_key(self._key(topic))
+
+    @contextlib.contextmanager
+    def _store_errors(self) -> Iterator[None]:
+        """Turn what the store says into one clear error; a store that was lost is not asked again.
+
+        Raises:
+            LostProcessError: for every error of torch.distributed.
+        """
+        if self._is_lost:
+            raise _unreachable("the connection was lost")
+        try:
+            yield
+        except RuntimeError as error:
+            self._is_lost = True
+            raise _unreachable(_first_line(error)) from error
 
     def part(self, name: str) -> Any:
         """A part of the store under a name of its own: a torch.distributed.Store, in which collectives can meet."""
@@ -141,29 +158,27 @@ def connect(environment: ProcessEnvironment) -> JobStore:
         UsageError: if PyTorch is not installed.
         LostProcessError: if the store cannot be reached, or the others do not come within START_SECONDS.
     """
+    # What goes wrong is said below, in one line; torch would add a stack of its C++ frames for each attempt.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         from torch.distributed.rendezvous import rendezvous
     except ImportError as error:
         raise UsageError("several processes need PyTorch, which is not installed", hint="pip install torch") from error
 
     timeout = datetime.timedelta(seconds=START_SECONDS)
-    with _store_errors():
+    try:
         store, rank, size = next(rendezvous("env://", environment.rank, environment.size, timeout=timeout))
+    except RuntimeError as error:
+        raise _unreachable(_first_line(error)) from error
     return JobStore(rank, size, store)
 
 
-@contextlib.contextmanager
-def _store_errors() -> Iterator[None]:
-    """Turn what the store says into one clear error.
+def _unreachable(reason: str) -> LostProcessError:
+    return LostProcessError(f"cannot reach the other processes of this job: {reason}", hint=LOST_HINT)
 
-    Raises:
-        LostProcessError: for every error of torch.distributed.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise LostProcessError(f"cannot reach the other processes of this job: {reason}", hint=LOST_HINT) from error
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0][:200]
 
 
 def _wait_until(deadline: float, for_whom: str) -> None:

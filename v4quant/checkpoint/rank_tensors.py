@@ -1,31 +1,21 @@
-"""A sharded checkpoint as the forward pass reads it: what each rank holds, under the release's names and dtypes.
-
-`open_sharded` believes nothing but what can be checked: the folder is one whole run of `shard` (tp_folder.py), the
-headers of the checkpoint that it was made from fit the config, and so every share has the shape that it must have.
-"""
+"""A sharded checkpoint as the forward pass reads it: what each rank holds, under the release's names and dtypes."""
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from v4quant.checkpoint.audit import audit_config, audit_tensors, summarise
-from v4quant.checkpoint.certificate import CERTIFICATE_NAME
-from v4quant.checkpoint.detect import Entries, Parsed, detect_scheme
-from v4quant.checkpoint.files import Files
+from v4quant.checkpoint.files import Source
 from v4quant.checkpoint.grid import Grid, Place
 from v4quant.checkpoint.header import TensorEntry
-from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.reader import SHARDS_NAME, Checkpoint, open_checkpoint
-from v4quant.checkpoint.tp_folder import TpFolder, open_tp_folder
-from v4quant.checkpoint.tp_layout import EXTRA_NAME, FILE_PREFIX
-from v4quant.config import CONFIG_NAME, MAX_CONFIG_BYTES, V4Config, parse_config_json
+from v4quant.checkpoint.tp_folder import ShardedFolder
+from v4quant.checkpoint.tp_rules import Layout
+from v4quant.checkpoint.tp_whole import WholeFiles
+from v4quant.config import CONFIG_NAME, V4Config
 from v4quant.encodings import FP4, FP8_SCHEME, Scheme
 from v4quant.errors import CheckpointError
-from v4quant.inventory import release_name
 from v4quant.names import TensorName, parse_name
-
-_SHOWN_PROBLEMS = 10
 
 
 @dataclass(frozen=True)
@@ -39,16 +29,16 @@ class RankTensors:
         parsed: their names, taken apart.
         scheme: how quantised matrices are stored; one that is BF16 is BF16.
         config: of the whole model.
-        source: what tells the run of `shard` from others: a hash.
+        run: what tells the run of `shard` from others.
     """
 
     place: Place
-    files: Files
+    files: Source
     tensors: Mapping[str, TensorEntry]
     parsed: Mapping[str, TensorName]
     scheme: Scheme
     config: V4Config
-    source: str
+    run: str
 
     @property
     def where(self) -> str:
@@ -57,10 +47,10 @@ class RankTensors:
 
     def source_id(self) -> str:
         """What tells the sharded checkpoint from others without reading data."""
-        return self.source
+        return self.run
 
     def require_sound(self) -> None:
-        """Nothing to do: `open_sharded` opens nothing that is not sound."""
+        """Nothing to do: `open_stored` opens nothing that is not sound."""
 
 
 @dataclass(frozen=True)
@@ -68,27 +58,35 @@ class Sharded:
     """A sharded checkpoint.
 
     Attributes:
-        where: the folder, as the user named it.
+        whole: the checkpoint that it was made from, as it is put together from the ranks.
         grid: how its ranks share the model.
-        config: of the whole model.
+        layout: how they lie on disk.
         scheme: how ranks store matrices.
         ranks: what each holds, in rank order.
-        source: what tells the run of `shard` from others: a hash.
-        sha256: of files of the checkpoint that it was made from, by name.
+        run: what tells the run of `shard` from others.
     """
 
-    where: str
+    whole: Checkpoint
     grid: Grid
-    config: V4Config
+    layout: Layout
     scheme: Scheme
     ranks: tuple[RankTensors, ...]
-    source: str
-    sha256: Mapping[str, str]
+    run: str
+
+    @property
+    def where(self) -> str:
+        """The folder, as the user named it."""
+        return self.whole.where
+
+    @property
+    def config(self) -> V4Config:
+        """Of the whole model."""
+        return self.whole.config
 
     @property
     def release(self) -> str:
         """Name of the release that is stored."""
-        return release_name(self.config, self.scheme)
+        return self.whole.release
 
     @property
     def bytes(self) -> int:
@@ -97,78 +95,49 @@ class Sharded:
 
     def source_id(self) -> str:
         """What tells this checkpoint from others without reading data."""
-        return self.source
+        return self.run
 
 
 def open_stored(folder: Path) -> Checkpoint | Sharded:
-    """Open a checkpoint, whole, or sharded by `v4quant shard`; no tensor data is read.
+    """Open a sound checkpoint, whole, or sharded by `v4quant shard`; no tensor data is read.
 
     Raises:
         CheckpointError: if it is none, has problems, or is not whole.
         UsageError: if its config is not that of a supported V4 model.
     """
-    if (folder / SHARDS_NAME).is_file():
-        return open_sharded(folder)
     checkpoint = open_checkpoint(folder)
     checkpoint.require_sound()
-    return checkpoint
+    files = checkpoint.files
+    return _sharded(checkpoint, files.folder) if isinstance(files, WholeFiles) else checkpoint
 
 
-def open_sharded(folder: Path) -> Sharded:
-    """Open a folder that `v4quant shard` wrote; no tensor data is read.
+def open_ranks(folder: Path) -> Sharded:
+    """Open a folder that `v4quant shard` wrote.
 
     Raises:
-        CheckpointError: if it is not whole, damaged, of several runs, or made from a checkpoint that contradicts
-            itself.
-        UsageError: if its config is not that of a supported V4 model.
+        CheckpointError: if it is none, or as open_stored.
     """
-    return _of_tp_folder(open_tp_folder(folder))
+    found = open_stored(folder)
+    if not isinstance(found, Sharded):
+        raise CheckpointError(f"{folder}: has no {SHARDS_NAME}, expected a folder that v4quant shard wrote")
+    return found
 
 
-def _of_tp_folder(folder: TpFolder) -> Sharded:
-    """DeepSeek's flat layout: a file a rank."""
-    files, record, layout = folder.files, folder.record, folder.layout
-    config = _config(folder)
-    sources = {place.source.name: place.source for places in layout.placements.values() for place in places}
-    scheme = _checked_scheme(config, sources, files.where)
-    scheme = FP8_SCHEME if record.fp8_experts else scheme
-    grid = Grid(record.ranks)
-    _require_whole_parts(config, grid, files.where)
+def _sharded(whole: Checkpoint, folder: ShardedFolder) -> Sharded:
+    run = folder.layout.run
+    if hashlib.sha256(whole.config_bytes).hexdigest() != folder.record.files[CONFIG_NAME].sha256:
+        raise CheckpointError(
+            f"{whole.where}: its {CONFIG_NAME} is not the file that {SHARDS_NAME} tells of",
+            hint="Shard the checkpoint again.",
+        )
+    _require_whole_parts(whole.config, run.grid, whole.where)
+    scheme = FP8_SCHEME if run.fp8_experts else whole.scheme
     ranks = []
-    for place, shard in zip(grid.places, layout.files[: record.ranks], strict=True):
-        entries = {name: _as_released(entry) for name, entry in shard.entries.items()}
-        ranks.append(RankTensors(place, files, entries, _parsed(entries), scheme, config, record.run))
-    names = (CONFIG_NAME, INDEX_NAME, CERTIFICATE_NAME)
-    sha256 = {name: record.files[name].sha256 for name in names if name in record.files}
-    return Sharded(files.where, grid, config, scheme, tuple(ranks), record.run, sha256)
-
-
-def _config(folder: TpFolder) -> V4Config:
-    """The checkpoint's config.json, which the extra file keeps."""
-    where = f"{folder.where}/{EXTRA_NAME}: {FILE_PREFIX}{CONFIG_NAME}"
-    entry, recorded = folder.layout.extra.entries[FILE_PREFIX + CONFIG_NAME], folder.record.files[CONFIG_NAME]
-    if entry.bytes > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{where}: has {entry.bytes:,} bytes, expected at most {MAX_CONFIG_BYTES:,}")
-    data = folder.files.read(EXTRA_NAME, entry.start, entry.stop)
-    if hashlib.sha256(data).hexdigest() != recorded.sha256:
-        raise CheckpointError(
-            f"{where}: is not the file that {SHARDS_NAME} tells of", hint="Shard the checkpoint again."
-        )
-    return V4Config.from_json(parse_config_json(data, where), where)
-
-
-def _checked_scheme(config: V4Config, sources: Entries, where: str) -> Scheme:
-    """How the checkpoint stored its matrices; its headers must be those of a sound one."""
-    parsed = _parsed(sources)
-    scheme = detect_scheme(sources, parsed, where)
-    problems = [*audit_config(config, scheme, sources, parsed), *audit_tensors(config, scheme, sources, parsed)]
-    if problems:
-        shown = [text for text, _ in summarise(problems, _SHOWN_PROBLEMS)]
-        raise CheckpointError(
-            f"{where}: was made from a checkpoint with {len(problems):,} problems:\n  " + "\n  ".join(shown),
-            hint="Shard a checkpoint that v4quant inspect finds sound.",
-        )
-    return scheme
+    for place in run.grid.places:
+        entries = {name: _as_released(entry) for name, entry in folder.layout.held_by(place.rank).items()}
+        parsed = {name: parts for name in entries if (parts := parse_name(name))}
+        ranks.append(RankTensors(place, folder.files, entries, parsed, scheme, whole.config, run.id))
+    return Sharded(whole, run.grid, run.layout, scheme, tuple(ranks), run.id)
 
 
 def _require_whole_parts(config: V4Config, grid: Grid, where: str) -> None:
@@ -188,12 +157,8 @@ def _require_whole_parts(config: V4Config, grid: Grid, where: str) -> None:
             )
 
 
-def _parsed(entries: Entries) -> Parsed:
-    return {name: parts for name in entries if (parts := parse_name(name))}
-
-
 def _as_released(entry: TensorEntry) -> TensorEntry:
-    """An entry as the release would have it: FP4 codes two a byte, where this layout gives their logical shape."""
+    """An entry as the release would have it: FP4 codes two a byte, where DeepSeek's layout has their logical shape."""
     if entry.dtype != "F4":
         return entry
     return replace(entry, dtype=FP4.weight_dtype, shape=FP4.storage_shape(entry.shape))

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from v4quant.checkpoint.files import Files
+from v4quant.checkpoint.files import Source
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.encodings import BF16, Encoding, Scheme
 from v4quant.errors import CheckpointError
@@ -25,7 +25,7 @@ _CODES = {"I8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 _SCALES = {"F8_E8M0": torch.uint8, "F32": torch.float32}
 
 
-class Source(Protocol):
+class Holder(Protocol):
     """What tensors are read from: a checkpoint, or what one rank of a sharded one holds."""
 
     @property
@@ -33,7 +33,7 @@ class Source(Protocol):
         """Its name, for messages."""
 
     @property
-    def files(self) -> Files:
+    def files(self) -> Source:
         """The folder."""
 
     @property
@@ -137,7 +137,7 @@ class Weights:
         bytes_read: stored bytes read so far.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Holder) -> None:
         """Read from a sound checkpoint, or from a rank of one.
 
         Raises:

@@ -12,7 +12,21 @@ import typer
 
 import v4quant
 from v4quant.checkpoint.process_group import EndedElsewhereError
-from v4quant.cli import convert, demo, inspect_, merge, parity, reference, selftest, shard, synth, verify
+from v4quant.cli import (
+    budget,
+    convert,
+    decode,
+    demo,
+    encode,
+    inspect_,
+    merge,
+    parity,
+    reference,
+    selftest,
+    shard,
+    synth,
+    verify,
+)
 from v4quant.cli._output import escaped
 from v4quant.errors import InterruptedRunError, OutputError, V4QuantError
 
@@ -25,8 +39,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _COMMANDS = (
-    *(inspect_.inspect, synth.synth, convert.convert, verify.verify),
-    *(shard.shard, merge.merge, reference.reference, parity.parity, selftest.selftest, demo.demo),
+    *(inspect_.inspect, budget.budget, synth.synth, convert.convert, verify.verify),
+    *(shard.shard, merge.merge, reference.reference, parity.parity, selftest.selftest),
+    *(encode.encode, decode.decode, demo.demo),
 )
 for command in _COMMANDS:
     app.command()(command)

@@ -11,7 +11,8 @@ import torch
 from v4quant.checkpoint.compare_shares import share_differences
 from v4quant.checkpoint.rank_tensors import Sharded
 from v4quant.checkpoint.reader import Checkpoint
-from v4quant.checkpoint.verify import Mismatch, value_differences
+from v4quant.checkpoint.verify import value_differences
+from v4quant.checkpoint.verify_report import Mismatch
 from v4quant.config import V4Config
 from v4quant.errors import UsageError
 from v4quant.model.arithmetic import Activations, Arithmetic, Products

@@ -5,7 +5,6 @@ import hashlib
 import os
 import platform
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 
 import v4quant
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME
-from v4quant.checkpoint.files import Files
+from v4quant.checkpoint.files import Source
+from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.rank_tensors import Sharded
 from v4quant.checkpoint.reader import Checkpoint
@@ -23,7 +23,6 @@ from v4quant.config import CONFIG_NAME, V4Config
 
 # Keys of a config that say how weights are stored, not what is computed.
 _STORAGE_KEYS = {"expert_dtype", "quantization_config"}
-_HASHED = (INDEX_NAME, CONFIG_NAME, CERTIFICATE_NAME)
 _HASH_BYTES = 4 * 2**20
 
 
@@ -34,30 +33,25 @@ def describe(checkpoint: Checkpoint | Sharded, how: str = "") -> dict[str, Any]:
         how: a sharded checkpoint's ranks were run: "virtual" or "processes". Hashes are those of the checkpoint that it
             was made from.
     """
-    if isinstance(checkpoint, Sharded):
-        hashes, grid = checkpoint.sha256, checkpoint.grid
-        ranks = {"how": how, "ranks": grid.ranks, "tp": grid.tp, "ep": grid.ep, "pp": grid.pp}
-        return _facts(checkpoint, hashes, ranks)
-    return _facts(checkpoint, {name: _sha256(checkpoint.files, name) for name in _HASHED}, None)
-
-
-def _facts(
-    checkpoint: Checkpoint | Sharded, sha256: Mapping[str, str | None], ranks: dict[str, Any] | None
-) -> dict[str, Any]:
+    files = checkpoint.whole.files if isinstance(checkpoint, Sharded) else checkpoint.files
     return {
         "path": checkpoint.where,
         "release": checkpoint.release,
         "format": checkpoint.scheme.name,
         "source_id": checkpoint.source_id(),
-        "index_sha256": sha256.get(INDEX_NAME),
-        "config_sha256": sha256.get(CONFIG_NAME),
-        "certificate_sha256": sha256.get(CERTIFICATE_NAME),
+        "index_sha256": _sha256(files, INDEX_NAME),
+        "config_sha256": _sha256(files, CONFIG_NAME),
+        "certificate_sha256": _sha256(files, CERTIFICATE_NAME),
         "bytes": checkpoint.bytes,
-        "ranks": ranks,
+        "ranks": _ranks(checkpoint.grid, how) if isinstance(checkpoint, Sharded) else None,
     }
 
 
-def _sha256(files: Files, name: str) -> str | None:
+def _ranks(grid: Grid, how: str) -> dict[str, Any]:
+    return {"how": how, "ranks": grid.ranks, "tp": grid.tp, "ep": grid.ep, "pp": grid.pp}
+
+
+def _sha256(files: Source, name: str) -> str | None:
     if name not in files:
         return None
     digest, size = hashlib.sha256(), files.size(name)
