@@ -4,8 +4,9 @@
     columns   side by side: wo_b
     experts   from the rank that has them; all else from the first rank that holds it
 
-For a look at what the ranks hold without running them; DeepSeek's layout holds no scale of wo_a, so bytes are not what
-they were, values are.
+For a look at what the ranks compute with, without running them. Where the whole checkpoint is put together
+(tp_whole.py), what ranks hold in another form, such as wo_a in BF16, comes from the extra file, and a fault in the
+ranks would not be seen.
 """
 
 import torch
