@@ -15,8 +15,9 @@ PACKAGE = Path(v4quant.__file__).parent
 COMMON = {"errors", "dtypes", "encodings", "strict_json", "config", "config_keys", "names", "inventory", "words"}
 # Room -> rooms it may import besides itself and the common modules.
 ARROWS = {
-    "cli": {"parity", "testing", "model", "checkpoint", "formats"},
+    "cli": {"hub", "parity", "testing", "model", "checkpoint", "formats"},
     "testing": {"kernels", "checkpoint", "formats", "numerics"},
+    "hub": {"checkpoint", "parity"},
     "parity": {"model", "checkpoint"},
     "model": {"kernels", "checkpoint"},
     "kernels": {"numerics"},
@@ -38,6 +39,8 @@ ARROWS = {
 THIRD_PARTIES = {
     "typer": {"cli"},
     "tqdm": {"cli"},
+    "huggingface_hub": {"hub"},
+    "httpx2": {"hub"},
     "llvmlite": {"numerics"},
     "numba": {"numerics"},
     "numpy": {"numerics", "formats", "checkpoint", "testing"},
@@ -50,6 +53,7 @@ THIRD_PARTIES = {
 LIGHT_MODULES = [
     *sorted(COMMON),
     *(f"checkpoint.{name}" for name in ("files", "header", "index", "detect", "audit", "reader")),
+    "hub.location",
     "cli.main",
     "cli.inspect_",
 ]

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from v4quant import strict_json
-from v4quant.checkpoint.files import Files
+from v4quant.checkpoint.file_source import FileSource
 from v4quant.errors import CheckFailedError, CheckpointError
 
 CERTIFICATE_NAME = "v4quant.certificate.jsonl"
@@ -179,7 +179,7 @@ class CertificateHeader:
         return cls(**values)
 
 
-def read_certificate(files: Files) -> tuple[CertificateHeader, Iterator[TensorRecord]]:
+def read_certificate(files: FileSource) -> tuple[CertificateHeader, Iterator[TensorRecord]]:
     """Read a certificate, line by line.
 
     Raises:
@@ -198,7 +198,7 @@ def read_certificate(files: Files) -> tuple[CertificateHeader, Iterator[TensorRe
     return header, records
 
 
-def _json_lines(files: Files) -> Iterator[tuple[int, object]]:
+def _json_lines(files: FileSource) -> Iterator[tuple[int, object]]:
     """Lines of the certificate with their numbers, a megabyte in memory at a time."""
     size, start, rest, number = files.size(CERTIFICATE_NAME), 0, b"", 0
     while start < size or rest:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from v4quant.checkpoint.file_source import FileSource
 from v4quant.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -141,6 +142,12 @@ class Files:
             )
 
 
+def local_path(files: FileSource, name: str) -> Path:
+    """Path of a file of a checkpoint that is known to be a local folder."""
+    assert isinstance(files, Files), f"{files.where} is no local folder"
+    return files.path(name)
+
+
 def _require_plain_name(entry: os.DirEntry[str]) -> None:
     """Refuse names that would steer a terminal, forge a line of output, or are no text at all."""
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in entry.name):
@@ -153,7 +160,7 @@ def _require_folder(folder: Path) -> None:
     if not folder.exists():
         raise CheckpointError(
             f"{folder}: no such folder, expected a checkpoint",
-            hint="Check the path. Repositories on the Hub must be downloaded first.",
+            hint="Check the path. A repository on the Hub is REPO_ID (owner/name) or hf://REPO_ID@REVISION.",
         )
     if not folder.is_dir():
         raise CheckpointError(

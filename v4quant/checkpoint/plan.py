@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import v4quant
+from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.index import build_index
 from v4quant.checkpoint.layout import HeaderTensor, Shard, lay_out
@@ -131,8 +132,9 @@ class Plan:
 
     @property
     def folders(self) -> list[str]:
-        """The folders that are read."""
-        return [checkpoint.where for checkpoint in (self.source, self.like) if checkpoint is not None]
+        """The local folders that are read."""
+        checkpoints = [checkpoint for checkpoint in (self.source, self.like) if checkpoint is not None]
+        return [checkpoint.where for checkpoint in checkpoints if isinstance(checkpoint.files, Files)]
 
     def fingerprints(self) -> dict[str, str]:
         """What every file that is read looks like; those of the original, under --like, with its folder before them."""

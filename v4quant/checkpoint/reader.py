@@ -10,6 +10,7 @@ from typing import Any
 
 from v4quant.checkpoint.audit import Problem, audit_config, audit_index, audit_tensors, stored_name, summarise
 from v4quant.checkpoint.detect import Entries, Parsed, detect_scheme, stored_config
+from v4quant.checkpoint.file_source import FileSource
 from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.header import TensorEntry, read_header
 from v4quant.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
@@ -33,7 +34,7 @@ class Checkpoint:
     """A checkpoint as its headers describe it.
 
     Attributes:
-        files: the folder.
+        files: the folder, or where else it is read from.
         config_bytes, config_json, config: config.json, as bytes, parsed, and checked.
         tensors: every stored tensor by name.
         parsed: the names among them that are V4 names, taken apart.
@@ -44,7 +45,7 @@ class Checkpoint:
         foreign_files: safetensors files that hold no V4 tensor and are in no index: no part of the checkpoint.
     """
 
-    files: Files
+    files: FileSource
     config_bytes: bytes
     config_json: Mapping[str, Any]
     config: V4Config
@@ -58,7 +59,7 @@ class Checkpoint:
 
     @property
     def where(self) -> str:
-        """The folder, as the user named it."""
+        """The folder, as the user named it, or the repository."""
         return self.files.where
 
     @property
@@ -115,11 +116,11 @@ class Checkpoint:
         return summarise(self.problems, _SHOWN_PROBLEMS)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path | FileSource) -> Checkpoint:
     """Read everything about a checkpoint but its data.
 
     Args:
-        folder: a local folder with config.json and *.safetensors.
+        folder: a local folder with config.json and *.safetensors, or such files anywhere else.
 
     Returns:
         The checkpoint; what is wrong with single tensors or files is in its `problems`.
@@ -128,7 +129,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: if the folder holds no V4 checkpoint at all, or in a form that v4quant does not know.
         UsageError: if config.json is not that of a supported V4 model.
     """
-    files = Files(folder)
+    files = Files(folder) if isinstance(folder, Path) else folder
     weight_files = _weight_files(files)
     config_bytes = _read_small(files, CONFIG_NAME, MAX_CONFIG_BYTES)
     config_json = parse_config_json(config_bytes, f"{files.where}/{CONFIG_NAME}")
@@ -177,7 +178,7 @@ class _Headers:
         self.sha256: dict[str, str] = {}
         self.problems: list[Problem] = []
 
-    def read(self, files: Files, name: str) -> None:
+    def read(self, files: FileSource, name: str) -> None:
         """Add one file; one that cannot be read becomes a problem."""
         try:
             text, entries = read_header(name, files.size(name), lambda start, stop: files.read(name, start, stop))
@@ -193,7 +194,7 @@ class _Headers:
             if first is not entry:
                 self.problems.append(Problem(entry.name, f"is stored twice, in {first.file} and in {name}"))
 
-    def read_index(self, files: Files) -> Index | None:
+    def read_index(self, files: FileSource) -> Index | None:
         """The index; None where there is none or it cannot be read."""
         if INDEX_NAME not in files:
             if len(self.sha256) > 1:
@@ -227,7 +228,7 @@ class _Headers:
         return foreign
 
 
-def _weight_files(files: Files) -> list[str]:
+def _weight_files(files: FileSource) -> list[str]:
     """The safetensors files of the folder itself.
 
     Raises:
@@ -263,7 +264,7 @@ def _weight_files(files: Files) -> list[str]:
     )
 
 
-def _read_small(files: Files, name: str, most: int) -> bytes:
+def _read_small(files: FileSource, name: str, most: int) -> bytes:
     """Read a file whole that must be there and small.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from v4quant.checkpoint.files import Files
+from v4quant.checkpoint.file_source import FileSource
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.output import ShardFile
 from v4quant.checkpoint.plan import CHUNK_BYTES
@@ -33,7 +33,9 @@ class Hash(Protocol):
         """Add bytes."""
 
 
-def scatter(source: Files, place: Placement, outputs: Mapping[str, ShardFile], worker: Worker, digest: Hash) -> int:
+def scatter(
+    source: FileSource, place: Placement, outputs: Mapping[str, ShardFile], worker: Worker, digest: Hash
+) -> int:
     """Write a tensor of the checkpoint into the files that hold it.
 
     Args:
@@ -66,7 +68,7 @@ def scatter(source: Files, place: Placement, outputs: Mapping[str, ShardFile], w
     return rounded
 
 
-def gather(ranks: Files, place: Placement, out: ShardFile, worker: Worker, digest: Hash) -> None:
+def gather(ranks: FileSource, place: Placement, out: ShardFile, worker: Worker, digest: Hash) -> None:
     """Write a tensor of the checkpoint as it was, from the files that hold it.
 
     Args:
@@ -148,7 +150,7 @@ def _read_parts(
     whole: TensorEntry,
     piece: Bytes,
     start: int,
-    ranks: Files,
+    ranks: FileSource,
     scratch: Scratch,
 ) -> None:
     """Fill a piece with the bytes from `start` on of a tensor, from the parts that hold them."""
@@ -191,7 +193,7 @@ def _spans(
 
 
 def _scatter_recoded(
-    source: Files,
+    source: FileSource,
     place: Placement,
     recoding: Recoding,
     band: Band,
@@ -222,7 +224,7 @@ def _scatter_recoded(
 
 
 def _gather_recoded(
-    ranks: Files, place: Placement, recoding: Recoding, band: Band, piece: Bytes, scratch: Scratch
+    ranks: FileSource, place: Placement, recoding: Recoding, band: Band, piece: Bytes, scratch: Scratch
 ) -> None:
     """Fill a piece with the codes that a band had under the scales that it had, which the extra file holds."""
     assert recoding.scale_part is not None, "without a scale in the rank the codes themselves are kept"
@@ -240,7 +242,9 @@ def _gather_recoded(
     piece[...] = target.codes.view(np.uint8).reshape(-1)
 
 
-def _weight(encoding: Encoding, band: Band, codes: Bytes, files: Files, scale: TensorEntry, scratch: Scratch) -> Weight:
+def _weight(
+    encoding: Encoding, band: Band, codes: Bytes, files: FileSource, scale: TensorEntry, scratch: Scratch
+) -> Weight:
     """A band of a stored matrix: codes that are read already, and its scales."""
     shaped = codes.view(codes_dtype(encoding)).reshape(encoding.storage_shape(band.shape()))
     buffer = scratch.array("scale", encoding.scale_shape(band.shape()), scale_dtype(encoding))
@@ -248,7 +252,7 @@ def _weight(encoding: Encoding, band: Band, codes: Bytes, files: Files, scale: T
     return Weight(encoding, shaped, buffer)
 
 
-def _scale(encoding: Encoding, band: Band, files: Files, scale: TensorEntry) -> npt.NDArray[np.generic]:
+def _scale(encoding: Encoding, band: Band, files: FileSource, scale: TensorEntry) -> npt.NDArray[np.generic]:
     """The scales of a band."""
     start, stop = band.scale_range(encoding)
     data = files.read(scale.file, scale.start + start, scale.start + stop)

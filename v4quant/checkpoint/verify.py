@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME, TensorRecord, Verdict, read_certificate
 from v4quant.checkpoint.compare import compare_plain, compare_weight
 from v4quant.checkpoint.compare_config import config_differences
-from v4quant.checkpoint.files import Files
+from v4quant.checkpoint.file_source import FileSource
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.plan import DEFAULT_WORKERS
 from v4quant.checkpoint.reader import Checkpoint
@@ -214,7 +214,7 @@ def _check_record(out: Checkpoint, record: TensorRecord, progress: Advance) -> M
     return None
 
 
-def _sha256(files: Files, entry: TensorEntry, progress: Advance) -> str:
+def _sha256(files: FileSource, entry: TensorEntry, progress: Advance) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(_READ_BYTES, entry.bytes)))
     for start in range(entry.start, entry.stop, _READ_BYTES):
