@@ -6,12 +6,14 @@ next page, where to upload - the token is taken off every request that leaves th
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from urllib.parse import urlsplit
 
 import httpx2
 from huggingface_hub import HfApi, constants, set_client_factory
-from huggingface_hub.utils import disable_progress_bars, logging
+from huggingface_hub.utils import logging
 from huggingface_hub.utils._http import default_client_factory
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 import v4quant
 from v4quant.errors import UsageError
@@ -62,10 +64,16 @@ def connect() -> Hub:
         raise UsageError(
             f"HF_ENDPOINT is {endpoint[:200]!r}, expected a URL", hint="For example: https://huggingface.co"
         )
-    disable_progress_bars()  # the commands show their own
-    logging.set_verbosity_error()
-    set_client_factory(_client)
+    _set_up_once()
     return Hub(HfApi(endpoint=endpoint, library_name="v4quant", library_version=v4quant.__version__))
+
+
+@cache
+def _set_up_once() -> None:
+    """Give huggingface_hub our HTTP client; again would close the one that other threads are using."""
+    disable_progress_bars()  # the commands show their own
+    logging.set_verbosity(logging.ERROR)
+    set_client_factory(_client)
 
 
 def origin(url: str) -> tuple[str, str, int] | None:

@@ -11,7 +11,7 @@ from urllib.parse import urljoin
 
 import httpx2
 from huggingface_hub import get_session, hf_hub_url
-from huggingface_hub.utils import hf_raise_for_status
+from huggingface_hub.utils._http import hf_raise_for_status
 
 from v4quant.errors import HubError
 from v4quant.hub.client import Hub, origin
