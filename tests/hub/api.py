@@ -108,7 +108,8 @@ class Api:
             raise RefusedError(403, "You don't have the rights to create a model under this namespace")
         repo_id = f"{asked.get('organization') or self.user}/{asked['name']}"
         if repo_id in self.store.repos:
-            raise RefusedError(409, "You already created this model repo")
+            url = f"{self.hub_url}/{repo_id}"
+            return _json({"error": "You already created this model repo", "url": url}, 409)
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.store.create(repo_id, private=private)
         return _json({"url": f"{self.hub_url}/{repo_id}", "name": repo_id})

@@ -11,7 +11,20 @@ from typing import Annotated
 import typer
 
 import v4quant
-from v4quant.cli import convert, demo, download, inspect_, merge, parity, reference, selftest, shard, synth, verify
+from v4quant.cli import (
+    convert,
+    demo,
+    download,
+    inspect_,
+    merge,
+    parity,
+    push,
+    reference,
+    selftest,
+    shard,
+    synth,
+    verify,
+)
 from v4quant.cli._output import escaped
 from v4quant.errors import InterruptedRunError, OutputError, V4QuantError
 
@@ -25,7 +38,7 @@ app = typer.Typer(
 )
 _COMMANDS = (
     *(inspect_.inspect, download.download, synth.synth, convert.convert, verify.verify),
-    *(shard.shard, merge.merge, reference.reference, parity.parity, selftest.selftest, demo.demo),
+    *(shard.shard, merge.merge, reference.reference, parity.parity, push.push, selftest.selftest, demo.demo),
 )
 for command in _COMMANDS:
     app.command()(command)

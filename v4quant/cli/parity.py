@@ -12,6 +12,7 @@ from v4quant.cli._options import JsonMode
 from v4quant.cli._output import Output, decimal_bytes, is_finite, plural
 from v4quant.cli._progress import layer_progress
 from v4quant.errors import CheckFailedError, OutputError, UsageError
+from v4quant.hub.location import parse_location
 
 if TYPE_CHECKING:
     from v4quant.checkpoint.reader import Checkpoint
@@ -24,9 +25,9 @@ _SHOWN_TENSORS = 5
 
 
 def parity(
-    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="Checkpoint in question.", show_default=False)],
+    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="Checkpoint in question.", show_default=False)],
     against: Annotated[
-        Path | None, typer.Option(metavar="REFERENCE", help="Checkpoint to compare with.", show_default=False)
+        str | None, typer.Option(metavar="REFERENCE", help="Checkpoint to compare with.", show_default=False)
     ] = None,
     reference_outputs: Annotated[
         Path | None,
@@ -107,8 +108,8 @@ def parity(
 
 
 def _task(
-    candidate: Path,
-    against: Path | None,
+    candidate: str,
+    against: str | None,
     reference_outputs: Path | None,
     tokens: Path | None,
     text: Path | None,
@@ -119,7 +120,7 @@ def _task(
     device: str,
 ) -> "Task":
     """Open what is compared, and read or build the tokens."""
-    from v4quant.checkpoint.reader import open_checkpoint
+    from v4quant.cli._source import open_source
     from v4quant.model.arithmetic import Activations
     from v4quant.model.device import device_named
     from v4quant.parity.compare import Task
@@ -135,10 +136,10 @@ def _task(
     if arithmetic not in (Activations.RELEASE, Activations.STORED):
         raise UsageError(f"--arithmetic is {arithmetic!r}, expected release or stored")
     place = device_named(device)
-    checkpoint = open_checkpoint(candidate)
+    checkpoint = open_source(candidate)
     checkpoint.require_sound()
     if against is not None:
-        reference: Checkpoint | StoredOutputs = open_checkpoint(against)
+        reference: Checkpoint | StoredOutputs = open_source(against)
     else:
         assert reference_outputs is not None
         reference = StoredOutputs(reference_outputs, checkpoint.config)
@@ -180,14 +181,18 @@ def _prompts(
     return built_prompts(config, length, prefill)
 
 
-def _prepare_report_folder(report: Path, checkpoints: list[Path], overwrite: bool) -> None:
+def _prepare_report_folder(report: Path, checkpoints: list[str], overwrite: bool) -> None:
     """Make the place for the report, or refuse it, before hours of work; an earlier one goes, lest it be taken for new.
 
     Raises:
         UsageError: if it lies in a checkpoint.
         OutputError: if it is a file, or holds something that is no report or shall not be replaced.
     """
-    if any(report.resolve().is_relative_to(folder.resolve()) for folder in checkpoints):
+    if any(
+        report.resolve().is_relative_to(Path(folder).resolve())
+        for folder in checkpoints
+        if parse_location(folder) is None
+    ):
         raise UsageError(f"{report}: lies in a checkpoint that is compared", hint="Choose a folder outside of it.")
     if report.exists() and not report.is_dir():
         raise OutputError(f"{report}: is a file, expected a folder to write")

@@ -1,7 +1,6 @@
 """`v4quant verify`: does a checkpoint still hold the bytes that were written, and the values of its source?"""
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,9 +17,11 @@ _SHOWN_MISMATCHES = 10
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint folder to verify.", show_default=False)],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="Checkpoint folder to verify, or a repository.", show_default=False)
+    ],
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="SRC", help="Compare every value with this checkpoint; OUT may lack a certificate then."),
     ] = None,
     max_workers: MaxWorkers = 4,
@@ -31,15 +32,16 @@ def verify(
     \b
     v4quant verify flash-fp8
     v4quant verify flash-fp8 --against DeepSeek-V4-Flash
+    v4quant verify me/flash-fp8 --against hf://deepseek-ai/DeepSeek-V4-Flash@main
     """
     # These load torch, which `v4quant --help` need not wait for.
     from v4quant.checkpoint.certificate import CERTIFICATE_NAME, verdict_counts
-    from v4quant.checkpoint.reader import open_checkpoint
     from v4quant.checkpoint.verify import verify_against, verify_hashes
+    from v4quant.cli._source import open_source
 
     output = Output(json_mode)
-    checkpoint = open_checkpoint(out)
-    source = open_checkpoint(against) if against else None
+    checkpoint = open_source(out)
+    source = open_source(against) if against else None
     start = time.monotonic()
     passes = 2 if source and CERTIFICATE_NAME in checkpoint.files else 1
     with byte_progress(passes * checkpoint.bytes, "verify") as advance:
@@ -56,7 +58,7 @@ def verify(
             "seconds": round(time.monotonic() - start, 3),
         }
     )
-    _print_report(output, report, "values of " + str(against) if against else "certificate")
+    _print_report(output, report, "values of " + against if against else "certificate")
     if not report.ok:
         raise CheckFailedError(f"{out}: {plural(len(report.mismatches), 'mismatch')}", hint="Convert it again.")
 

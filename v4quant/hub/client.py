@@ -4,6 +4,7 @@ huggingface_hub finds the token (HF_TOKEN, or `hf auth login`). Whatever URL it 
 next page, where to upload - the token is taken off every request that leaves the endpoint's origin.
 """
 
+import logging
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 from huggingface_hub import HfApi, constants, set_client_factory
-from huggingface_hub.utils import logging
+from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils._http import default_client_factory
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -72,7 +73,7 @@ def connect() -> Hub:
 def _set_up_once() -> None:
     """Give huggingface_hub our HTTP client; again would close the one that other threads are using."""
     disable_progress_bars()  # the commands show their own
-    logging.set_verbosity(logging.ERROR)
+    hub_logging.set_verbosity(logging.ERROR)
     set_client_factory(_client)
 
 

@@ -55,12 +55,21 @@ def parse_location(text: str) -> Location | None:
     require_repo_id(repo_id)
     if not at:
         return Location(repo_id)
-    if _REVISION.fullmatch(revision) is None or ".." in revision or revision.endswith((".lock", "/")):
+    require_revision(revision)
+    return Location(repo_id, revision)
+
+
+def require_revision(text: str) -> None:
+    """Check the name of a branch, tag or commit.
+
+    Raises:
+        UsageError: if git would not have it.
+    """
+    if _REVISION.fullmatch(text) is None or ".." in text or text.endswith((".lock", "/")):
         raise UsageError(
-            f"{text[:200]}: {revision[:100]!r} is no revision, expected a branch, tag or commit",
+            f"{text[:200]!r} is no revision, expected a branch, tag or commit",
             hint="For example: hf://deepseek-ai/DeepSeek-V4-Flash@main",
         )
-    return Location(repo_id, revision)
 
 
 def require_repo_id(text: str) -> None:
