@@ -26,8 +26,9 @@ from v4quant.checkpoint.journal import Journal, JournalHeader
 from v4quant.checkpoint.layout import Shard
 from v4quant.checkpoint.output import ShardFile, require_disk_space, write_file
 from v4quant.checkpoint.plan import DEFAULT_WORKERS, Operation, Plan
-from v4quant.checkpoint.run_folder import forget, is_there, open_run, remove_partial_files, require_apart
+from v4quant.checkpoint.run_folder import forget, holds_work, is_there, open_run, remove_partial_files, require_apart
 from v4quant.checkpoint.side_files import write_side_files
+from v4quant.checkpoint.sink import KeptShards, ShardSink
 from v4quant.checkpoint.stream import StoppedError, Worker, convert_tensor
 from v4quant.config import CONFIG_NAME
 from v4quant.errors import InterruptedRunError, OutputError
@@ -62,6 +63,7 @@ def apply(
     allow_rounding: bool = False,
     overwrite: bool = False,
     progress: Callable[[int], Advance] | None = None,
+    sink: ShardSink | None = None,
 ) -> ApplyReport:
     """Convert a checkpoint as planned, or continue a run of the same plan that was interrupted.
 
@@ -71,6 +73,7 @@ def apply(
         allow_rounding: accept tensors that lose bits; otherwise the first shard with one ends the run.
         overwrite: replace a checkpoint, or an unfinished run of another plan, in out.
         progress: told the source bytes that need not be read again; gives what is told bytes and shard from then on.
+        sink: takes finished shards; by default they stay in out.
 
     Raises:
         CheckFailedError: if a tensor would be rounded and allow_rounding is False.
@@ -78,13 +81,14 @@ def apply(
         OutputError: if out is in use or not free, or the disk is full or refuses.
         InterruptedRunError: at Ctrl-C; what is finished is kept.
     """
-    journal = _open_journal(plan, out, overwrite=overwrite, allow_rounding=allow_rounding)
-    run = _Run(plan, out, journal, workers, allow_rounding=allow_rounding)
+    sink = sink or KeptShards(plan, out)
+    journal = _open_journal(plan, out, sink, overwrite=overwrite, allow_rounding=allow_rounding)
+    run = _Run(plan, out, journal, workers, sink, allow_rounding=allow_rounding)
     try:
         resumed = len(journal.finished)
         run.write_shards(progress)
         write_side_files(plan.source, plan.like, plan.format, plan.side_files, out)
-        report = _complete(plan, out, journal, resumed)
+        report = _complete(plan, out, journal, resumed, sink)
     except KeyboardInterrupt:
         raise InterruptedRunError(
             f"interrupted: {len(journal.finished)} of {len(plan.shards)} shards are finished and kept",
@@ -92,25 +96,27 @@ def apply(
         ) from None
     finally:
         remove_partial_files(out)
-        if journal.finished or any(out.glob("*.safetensors")):
+        if journal.finished or holds_work(out):
             journal.close()
         else:
             forget(journal, out)
     return report
 
 
-def _open_journal(plan: Plan, out: Path, *, overwrite: bool, allow_rounding: bool) -> Journal:
+def _open_journal(plan: Plan, out: Path, sink: ShardSink, *, overwrite: bool, allow_rounding: bool) -> Journal:
     """Make the output folder ready, and begin or continue its journal."""
     require_apart(out, plan.folders)
 
     def resume(journal: Journal) -> None:
-        journal.finished = {s.name for s in plan.shards if s.name in journal.finished and _is_there(out, s)}
-        require_disk_space(out, plan.disk_bytes - sum(s.file_bytes for s in plan.shards if _is_there(out, s)))
+        there = {shard.name for shard in plan.shards if is_there(out / shard.name, shard.file_bytes)}
+        safe = {shard.name for shard in plan.shards if shard.name in there or sink.holds(shard)}
+        journal.finished &= safe
+        require_disk_space(out, sink.disk_bytes - sum(s.file_bytes for s in plan.shards if s.name in there))
         if not allow_rounding:
             _require_exact_so_far(plan, journal)
 
     header = JournalHeader(plan.digest, plan.fingerprints())
-    return open_run(out, header, plan.disk_bytes, overwrite=overwrite, resume=resume)
+    return open_run(out, header, sink.disk_bytes, overwrite=overwrite, resume=resume)
 
 
 def _require_exact_so_far(plan: Plan, journal: Journal) -> None:
@@ -120,18 +126,17 @@ def _require_exact_so_far(plan: Plan, journal: Journal) -> None:
         raise RoundingRefusedError(f"the unfinished run in {journal.path.parent}", plan.format.name, rounded)
 
 
-def _is_there(out: Path, shard: Shard) -> bool:
-    return is_there(out / shard.name, shard.file_bytes)
-
-
 class _Run:
     """The shards of one run."""
 
-    def __init__(self, plan: Plan, out: Path, journal: Journal, workers: int, *, allow_rounding: bool) -> None:
+    def __init__(
+        self, plan: Plan, out: Path, journal: Journal, workers: int, sink: ShardSink, *, allow_rounding: bool
+    ) -> None:
         self._plan = plan
         self._out = out
         self._journal = journal
         self._workers = workers
+        self._sink = sink
         self._allow_rounding = allow_rounding
         self._stop = threading.Event()
         self._of_thread = threading.local()
@@ -139,6 +144,7 @@ class _Run:
 
     def write_shards(self, progress: Callable[[int], Advance] | None) -> None:
         """Write the shards that are not finished yet."""
+        self._sink.begin(self._journal.finished)
         todo = [shard for shard in self._plan.shards if shard.name not in self._journal.finished]
         left = sum(operation.bytes_read for shard in todo for operation in self._plan.operations[shard.name])
         advance = progress(self._plan.bytes_read - left) if progress else None
@@ -147,6 +153,7 @@ class _Run:
             # A Ctrl-C while a thread starts makes its pool forget it; what this one does must be waited for.
             finisher.submit(_nothing).result()
             try:
+                self._hand_over()
                 for shard in todo:
                     # The next shard's tensors queue up before the last ones of this are done, so no worker waits.
                     started.append(self._start(shard, pool, advance))
@@ -158,9 +165,16 @@ class _Run:
                     self._syncing.result()
             except BaseException:
                 self._stop.set()
+                self._sink.stop()
                 for open_shard in started:
                     open_shard.abandon()
                 raise
+
+    def _hand_over(self) -> None:
+        """Give the sink what a run before this one has finished and was killed before it gave it."""
+        for shard in self._plan.shards:
+            if shard.name in self._journal.finished and not self._sink.holds(shard):
+                self._sink.take(shard, [r for r in self._journal.records() if r.tensor in shard.entries])
 
     def _start(self, shard: Shard, pool: ThreadPoolExecutor, advance: Advance | None) -> "_OpenShard":
         """Open a shard's partial file and queue its tensors."""
@@ -199,6 +213,7 @@ class _Run:
     def _finish(self, shard: Shard, file: ShardFile, records: list[TensorRecord]) -> None:
         file.finish()
         self._journal.append(shard.name, records)
+        self._sink.take(shard, records)
 
 
 @dataclass(frozen=True)
@@ -238,7 +253,7 @@ def _is_weight(record: TensorRecord) -> bool:
     return record.tensor.endswith(".weight")
 
 
-def _complete(plan: Plan, out: Path, journal: Journal, resumed: int) -> ApplyReport:
+def _complete(plan: Plan, out: Path, journal: Journal, resumed: int, sink: ShardSink) -> ApplyReport:
     """Write certificate, index and config, in this order, and forget the journal."""
     verdicts: Counter[Verdict] = Counter()
     rounded: list[TensorRecord] = []
@@ -260,6 +275,7 @@ def _complete(plan: Plan, out: Path, journal: Journal, resumed: int) -> ApplyRep
     remove_partial_files(out)
     write_file(out / INDEX_NAME, [plan.index_bytes])
     write_file(out / CONFIG_NAME, [plan.config_bytes])
+    sink.complete()
     journal.remove()
     return ApplyReport(verdicts, rounded, out / CERTIFICATE_NAME, resumed)
 

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from v4quant.cli._options import DryRun, JsonMode, MaxWorkers, Out, Overwrite, Source, parse_size
+from v4quant.cli._options import AnySource, DryRun, JsonMode, MaxWorkers, Out, Overwrite, parse_size
 from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.cli._progress import Advance, byte_progress
 
 if TYPE_CHECKING:
     from v4quant.checkpoint.apply import ApplyReport
     from v4quant.checkpoint.plan import Operation, Plan
+    from v4quant.hub.stream import HubRun
 
 
 def convert(
-    src: Source,
+    src: AnySource,
     out: Out,
     to: Annotated[str, typer.Option(metavar="FORMAT", help="native, fp8, bf16 or base.", show_default=False)],
     dry_run: DryRun = False,
@@ -29,9 +30,16 @@ def convert(
     max_workers: MaxWorkers = 4,
     allow_rounding: Annotated[bool, typer.Option("--allow-rounding", help="Accept tensors that lose bits.")] = False,
     like: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="ORIGINAL", help="Reuse this checkpoint's block scales wherever they fit the values."),
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO_ID", help="Upload each finished shard to a branch of this repository, and remove it."
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: make a private repository.")] = False,
     overwrite: Overwrite = False,
     json_mode: JsonMode = False,
 ) -> None:
@@ -41,22 +49,26 @@ def convert(
     v4quant convert DeepSeek-V4-Flash flash-fp8 --to fp8
     v4quant convert DeepSeek-V4-Flash flash-bf16 --to bf16 --dry-run
     v4quant convert flash-bf16 flash-again --to native --like DeepSeek-V4-Flash
+    v4quant convert hf://deepseek-ai/DeepSeek-V4-Flash flash-fp8 --to fp8 --push me/DeepSeek-V4-Flash-FP8
     """
     # The engine loads numpy and numba, which `v4quant --help` need not wait for.
     from v4quant.checkpoint.apply import apply
     from v4quant.checkpoint.certificate import RoundingRefusedError
     from v4quant.checkpoint.plan import make_plan
-    from v4quant.checkpoint.reader import open_checkpoint
     from v4quant.checkpoint.side_files import files_left_behind
+    from v4quant.cli._hub_run import begin_hub_run, note_origin, pinned_source
+    from v4quant.cli._source import open_source
     from v4quant.formats import format_named
 
     output = Output(json_mode)
     target = format_named(to)
     max_shard_bytes = parse_size(max_shard_size, "--max-shard-size")
-    original = open_checkpoint(like) if like else None
-    plan = make_plan(open_checkpoint(src), target, max_shard_bytes=max_shard_bytes, like=original)
+    original = open_source(like) if like else None
+    source = open_source(src if overwrite else pinned_source(src, out))
+    plan = make_plan(source, target, max_shard_bytes=max_shard_bytes, like=original)
+    run = begin_hub_run(plan, out, src, push, private=private)
     if dry_run:
-        _report_plan(output, plan, out, max_workers, overwrite=overwrite)
+        _report_plan(output, plan, out, max_workers, run, overwrite=overwrite)
         return
     start = time.monotonic()
     with ExitStack() as stack:
@@ -64,31 +76,43 @@ def convert(
         def begin(done: int) -> Advance:
             # Only now is it certain that the output folder may be written.
             _print_plan(output, plan)
+            if run is None:
+                note_origin(Path(src), out)
             return stack.enter_context(byte_progress(plan.bytes_read, "convert", done))
 
         try:
+            if run is not None:
+                stack.callback(run.close)
             report = apply(
-                plan,
+                run.plan if run else plan,
                 out,
                 workers=max_workers,
                 allow_rounding=allow_rounding,
                 overwrite=overwrite,
                 progress=begin,
+                sink=run,
             )
         except RoundingRefusedError as refusal:
             output.result(_plan_json(plan) | {"would_round": [record.to_json() for record in refusal.worst]})
             raise
-    _report(output, plan, report, time.monotonic() - start)
+    _report(output, plan, report, time.monotonic() - start, run)
     for name in files_left_behind(plan.source):
         output.note(f"not copied, as it may hold weights in another form: {name}")
-    output.note(f"next: v4quant verify {out} --against {src}")
+    if run is not None and run.branch is not None:
+        output.note(f"next: v4quant parity {run.branch.location} --against {plan.source.where} --report report")
+        output.note(f"then: v4quant push {out} {push} --parity report/parity.json")
+    else:
+        output.note(f"next: v4quant verify {out} --against {plan.source.where}")
 
 
-def _report_plan(output: Output, plan: "Plan", out: Path, workers: int, *, overwrite: bool) -> None:
+def _report_plan(
+    output: Output, plan: "Plan", out: Path, workers: int, run: "HubRun | None", *, overwrite: bool
+) -> None:
     """What --dry-run says."""
     from v4quant.checkpoint.output import disk_errors, free_bytes, require_free
     from v4quant.checkpoint.reader import JOURNAL_NAME
     from v4quant.checkpoint.run_folder import require_apart
+    from v4quant.cli._source import remote_facts
 
     require_apart(out, plan.folders)
     with disk_errors(out):
@@ -96,10 +120,12 @@ def _report_plan(output: Output, plan: "Plan", out: Path, workers: int, *, overw
     if not is_unfinished:
         require_free(out, overwrite=overwrite)
     free, peak = free_bytes(out), plan.peak_memory_bytes(workers)
+    disk, spool = (run.disk_bytes, run.spool_bytes) if run else (plan.disk_bytes, 0)
     risky = [operation for operation in plan if operation.risk]
     _print_plan(output, plan)
     output.line(f"memory: at most {decimal_bytes(peak)} with {plural(workers, 'worker')}")
-    output.line(f"disk: needs {decimal_bytes(plan.disk_bytes)}, {decimal_bytes(free)} free")
+    passing = f" at most, {decimal_bytes(spool)} of it for source shards that pass through" if spool else ""
+    output.line(f"disk: needs {decimal_bytes(disk)}{passing}, {decimal_bytes(free)} free")
     if risky:
         output.line(f"may round (checked value by value, refused without --allow-rounding): {len(risky):,} weights")
         for risk, count in Counter(operation.risk for operation in risky).items():
@@ -110,15 +136,17 @@ def _report_plan(output: Output, plan: "Plan", out: Path, workers: int, *, overw
         _plan_json(plan)
         | {
             "peak_memory_bytes": peak,
-            "disk_bytes": plan.disk_bytes,
+            "disk_bytes": disk,
+            "spool_bytes": spool,
             "disk_free_bytes": free,
             "shards": len(plan.shards),
             "actions": dict(Counter(operation.action for operation in plan)),
             "may_round": [{"tensor": operation.name, "when": operation.risk} for operation in risky],
         }
+        | remote_facts(output, plan.source)
     )
-    if free < plan.disk_bytes:
-        output.note(f"warning: the disk of {out} is {decimal_bytes(plan.disk_bytes - free)} too small")
+    if free < disk:
+        output.note(f"warning: the disk of {out} is {decimal_bytes(disk - free)} too small")
     output.note("next: run it without --dry-run")
 
 
@@ -148,9 +176,10 @@ def _print_plan(output: Output, plan: "Plan") -> None:
     output.line(f"reads {decimal_bytes(plan.bytes_read)}, writes {decimal_bytes(plan.bytes_written)}")
 
 
-def _report(output: Output, plan: "Plan", report: "ApplyReport", seconds: float) -> None:
+def _report(output: Output, plan: "Plan", report: "ApplyReport", seconds: float, run: "HubRun | None") -> None:
     """What a finished conversion says."""
     from v4quant.checkpoint.certificate import verdict_counts
+    from v4quant.cli._source import remote_facts
 
     if report.resumed_shards:
         output.line(f"continued: {plural(report.resumed_shards, 'shard')} had been finished before")
@@ -166,4 +195,6 @@ def _report(output: Output, plan: "Plan", report: "ApplyReport", seconds: float)
         _plan_json(plan)
         | {"seconds": round(seconds, 3), **counts, "certificate": str(report.certificate)}
         | {"resumed_shards": report.resumed_shards}
+        | remote_facts(output, plan.source)
+        | ({"pushed_to": str(run.branch.location)} if run and run.branch else {})
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import RepoCard
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub.utils._fixes import yaml_dump
 
 from v4quant.checkpoint.certificate import verdict_counts
 from v4quant.checkpoint.reader import Checkpoint
@@ -83,10 +83,10 @@ def _kept_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     if README_NAME not in files or files.size(README_NAME) > _MAX_README_BYTES:
         return {}
     try:
-        found = RepoCard(files.read(README_NAME).decode(), ignore_metadata_errors=True).data.to_dict()
+        found = RepoCard(files.read(README_NAME).decode(), ignore_metadata_errors=True).data
     except Exception:  # whatever the YAML parser raises for a foreign text
         return {}
-    return {key: found[key] for key in _KEPT_KEYS if _is_plain(found.get(key))}
+    return {key: value for key in _KEPT_KEYS if _is_plain(value := getattr(found, key, None))}
 
 
 def _is_plain(value: object) -> bool:

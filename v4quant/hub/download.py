@@ -15,13 +15,14 @@ from pathlib import Path
 
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.output import disk_errors, require_disk_space
+from v4quant.checkpoint.run_folder import STATE_FOLDER
 from v4quant.config import CONFIG_NAME
 from v4quant.errors import CheckpointError, HubError, InterruptedRunError, OutputError
 from v4quant.hub.client import connect
 from v4quant.hub.fetch import Advance, Fetcher
 from v4quant.hub.listing import RemoteFile
 from v4quant.hub.location import Location
-from v4quant.hub.origin import STATE_FOLDER, Origin, downloaded_from, note_download
+from v4quant.hub.origin import Origin, downloaded_from, note_download
 from v4quant.hub.remote_files import RemoteFiles, open_remote
 from v4quant.hub.select import Selection, select
 

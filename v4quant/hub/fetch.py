@@ -4,6 +4,7 @@ While it is fetched it lies under a name made of its hash, so what a killed run 
 whatever the file is called and wherever main has moved to.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,7 @@ class Fetcher:
 
             self._ranges.fetch(file, there, file.size, take)
             output.flush()
+            os.fsync(output.fileno())
         return hasher.hexdigest()
 
     def _fetch_by_xet(self, file: RemoteFile, partial: Path) -> bool:

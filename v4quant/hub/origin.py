@@ -12,10 +12,10 @@ from pathlib import Path
 from v4quant import strict_json
 from v4quant.checkpoint.output import write_file
 from v4quant.checkpoint.reader import SOURCE_NAME
+from v4quant.checkpoint.run_folder import STATE_FOLDER
 from v4quant.errors import UsageError
 from v4quant.hub.location import Location, parse_location
 
-STATE_FOLDER = ".v4quant"
 _DOWNLOAD_NAME = "download.json"
 _MAX_BYTES = 2**16
 

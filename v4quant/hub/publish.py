@@ -23,7 +23,7 @@ from v4quant.hub.client import Hub
 from v4quant.hub.errors import hub_errors
 from v4quant.hub.listing import RemoteFile, checked, list_files
 from v4quant.hub.location import Location
-from v4quant.hub.staging import Branch, missing, persist, same
+from v4quant.hub.staging import Branch, Operation, missing, persist, same
 
 _READ_BYTES = 4 * 2**20
 _LAST = {INDEX_NAME, CONFIG_NAME}
@@ -220,7 +220,7 @@ def _show(hub: Hub, target: Target, staged: str, wanted: Mapping[str, RemoteFile
     before = place.listing()
     # huggingface_hub leaves out of a commit what is there already, but asks for each file; we know.
     changed = missing(wanted, before.files)
-    operations = [
+    operations: list[Operation] = [
         *(CommitOperationCopy(src_path_in_repo=name, path_in_repo=name, src_revision=staged) for name in changed),
         *(CommitOperationDelete(path_in_repo=name) for name in stale_files(before.files, wanted)),
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from v4quant.errors import HubError
@@ -18,6 +18,7 @@ from v4quant.hub.listing import Listing, RemoteFile, list_files, resolve
 from v4quant.hub.location import Location
 from v4quant.hub.retry import RETRY_STATUS, Patience
 
+Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
 _Result = TypeVar("_Result")
 _THREADS = 4
 
@@ -95,7 +96,7 @@ class Branch:
         names = list(remove)
 
         def commit() -> None:
-            operations = [*additions(), *(CommitOperationDelete(path_in_repo=name) for name in names)]
+            operations: list[Operation] = [*additions(), *(CommitOperationDelete(path_in_repo=name) for name in names)]
             self.hub.api.create_commit(
                 self.repo_id, operations, commit_message=message, revision=self.name, num_threads=_THREADS
             )
