@@ -19,12 +19,14 @@ Results go to stdout, everything else to stderr; with `--json` stdout is exactly
 | 1 | a check ran and failed: a mismatch, a rounding that nobody allowed, a verdict `different` |
 | 2 | usage, or a config.json that v4quant does not support |
 | 3 | bad or missing checkpoint data |
+| 4 | Hub, network or account |
 | 5 | disk or output folder |
 | 130 | interrupted; the same command continues |
 
 | environment variable | meaning |
 |---|---|
 | `V4QUANT_DEBUG=1` | a traceback instead of a one-line error |
+| `HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE`, `HF_HUB_DISABLE_XET` | as huggingface_hub has them |
 """
 
 

@@ -16,5 +16,6 @@ def test_the_document_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_help_has_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    for name in ("inspect", "synth", "convert", "verify", "shard", "merge", "reference", "parity", "selftest", "demo"):
+    moves = ("download", "convert", "shard", "merge", "push")
+    for name in (*moves, "inspect", "synth", "verify", "reference", "parity", "selftest", "demo"):
         assert f"\n  v4quant {name} " in help_of(name)

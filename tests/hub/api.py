@@ -8,8 +8,9 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
@@ -18,16 +19,36 @@ import yaml
 from tests.hub.repos import LFS_BYTES, LFS_SUFFIXES, MAIN, Blob, Commit, Repo, Store, large, small
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
-_PERCENT = re.compile(r"bytes=(\d+)-(\d*)$")
+_RANGE = re.compile(r"bytes=(\d+)-(\d*)$")
 
 
 @dataclass
 class Reply:
-    """An answer."""
+    """An answer; the body is bytes, or the range [start, stop) of a file that may be large."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
+    path: Path | None = None
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body."""
+        return len(self.body) if self.path is None else self.stop - self.start
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body, a megabyte at a time."""
+        if self.path is None:
+            yield self.body
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            left = self.stop - self.start
+            while left and (piece := file.read(min(left, 2**20))):
+                left -= len(piece)
+                yield piece
 
 
 class RefusedError(Exception):
@@ -217,10 +238,17 @@ class Api:
         if len(asked["parts"]) != int(self._query["parts"][0]):
             raise RefusedError(400, "parts are missing")
         paths = [self._part(repo, asked["oid"], str(part["partNumber"])) for part in asked["parts"]]
-        data = b"".join(path.read_bytes() for path in paths)
-        self._keep(found, asked["oid"], data)
-        for path in paths:
-            path.unlink()
+        whole, digest = self._part(repo, asked["oid"], "whole"), hashlib.sha256()
+        with whole.open("wb") as file:
+            for path in paths:
+                data = path.read_bytes()
+                digest.update(data)
+                file.write(data)
+                path.unlink()
+        if digest.hexdigest() != asked["oid"]:
+            raise RefusedError(400, "The content does not have this sha256")
+        whole.replace(self.store.object_path(asked["oid"]))
+        found.lfs.add(asked["oid"])
         return _json({})
 
     def lfs_verify(self, repo: str) -> Reply:
@@ -239,7 +267,7 @@ class Api:
             self._part(repo, oid, part).write_bytes(self._body)
         return Reply(200, {"ETag": f'"{hashlib.md5(self._body, usedforsecurity=False).hexdigest()}"'})
 
-    def _part(self, repo: str, oid: str, part: str) -> Any:
+    def _part(self, repo: str, oid: str, part: str) -> Path:
         return self.store.folder / f"{quote(repo, safe='')}.{oid}.{part}.part"
 
     def _keep(self, repo: Repo, oid: str, data: bytes) -> None:
@@ -301,7 +329,7 @@ class Api:
             raise RefusedError(404, "Entry not found", "EntryNotFound")
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.oid}"'}
         if blob.sha256 is None:
-            return self._ranged(blob.data, headers)
+            return self._ranged(Reply(200, headers, blob.data))
         headers |= {
             "Location": f"{self.storage_url}/objects/{blob.sha256}?X-Amz-Signature=s3cr3t",
             "X-Linked-Size": str(blob.size),
@@ -310,16 +338,18 @@ class Api:
         return Reply(302, headers)
 
     def object(self, oid: str) -> Reply:
-        return self._ranged(self.store.object_path(oid).read_bytes(), {"ETag": f'"{oid}"'})
+        path = self.store.object_path(oid)
+        return self._ranged(Reply(200, {"ETag": f'"{oid}"'}, path=path, stop=path.stat().st_size))
 
-    def _ranged(self, data: bytes, headers: dict[str, str]) -> Reply:
-        match = _PERCENT.match(self._headers.get("range", ""))
+    def _ranged(self, whole: Reply) -> Reply:
+        match, size = _RANGE.match(self._headers.get("range", "")), whole.size
         if match is None:
-            return Reply(200, headers, data)
-        start, stop = int(match[1]), min(int(match[2] or len(data)) + 1, len(data))
-        if start >= len(data):
-            return Reply(416, {"Content-Range": f"bytes */{len(data)}"})
-        return Reply(206, headers | {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}, data[start:stop])
+            return whole
+        start, stop = int(match[1]), min(int(match[2] or size) + 1, size)
+        if start >= size:
+            return Reply(416, {"Content-Range": f"bytes */{size}"})
+        headers = whole.headers | {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}
+        return Reply(206, headers, whole.body[start:stop], whole.path, start, stop)
 
 
 _MODELS = f"/api/models/{_REPO}"

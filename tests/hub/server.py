@@ -73,6 +73,12 @@ class Fault:
     lost: bool = False
     strike: Callable[[Request], None] | None = None
 
+    def altered(self, body: bytes) -> bytes:
+        """The body with a byte altered, or cut."""
+        if self.flip is not None and self.flip < len(body):
+            body = body[: self.flip] + bytes([body[self.flip] ^ 1]) + body[self.flip + 1 :]
+        return body if self.cut is None else body[: self.cut]
+
     def meets(self, request: Request) -> bool:
         """True if this request is to fail; counts."""
         if (request.host, request.method) != (self.host, self.method) or not re.search(self.path, request.path):
@@ -200,21 +206,20 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(headers.get("content-length", 0)))
 
     def _send(self, request: Request, reply: Reply, fault: Fault | None) -> None:
-        body = reply.body
         self.send_response(reply.status)
         for name, value in reply.headers.items():
             self.send_header(name, value)
         if "Content-Length" not in reply.headers:
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(reply.size))
         self.end_headers()
         if request.method == "HEAD":
             return
-        if fault is not None and fault.flip is not None and fault.flip < len(body):
-            body = body[: fault.flip] + bytes([body[fault.flip] ^ 1]) + body[fault.flip + 1 :]
-        if fault is not None and fault.cut is not None:
-            body = body[: fault.cut]
-        self.wfile.write(body)
-        request.sent += len(body)
+        pieces = reply.pieces()
+        if fault is not None:
+            pieces = iter([fault.altered(b"".join(pieces))])
+        for piece in pieces:
+            self.wfile.write(piece)
+            request.sent += len(piece)
         if fault is not None and fault.cut is not None:
             self._drop()
 

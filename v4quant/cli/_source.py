@@ -29,6 +29,11 @@ def open_source(text: str) -> Checkpoint:
     return open_checkpoint(files)
 
 
+def lies_in(path: Path, source: str) -> bool:
+    """True if a path lies in a source that is a local folder."""
+    return parse_location(source) is None and path.resolve().is_relative_to(Path(source).resolve())
+
+
 def remote_facts(output: Output, checkpoint: Checkpoint) -> dict[str, object]:
     """Where a remote checkpoint was read and what that cost, for JSON; says it for people too. Nothing of a folder."""
     if isinstance(checkpoint.files, Files):

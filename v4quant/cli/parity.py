@@ -11,8 +11,8 @@ from v4quant.cli._memory import peak_memory_bytes
 from v4quant.cli._options import JsonMode
 from v4quant.cli._output import Output, decimal_bytes, is_finite, plural
 from v4quant.cli._progress import layer_progress
+from v4quant.cli._source import lies_in, open_source
 from v4quant.errors import CheckFailedError, OutputError, UsageError
-from v4quant.hub.location import parse_location
 
 if TYPE_CHECKING:
     from v4quant.checkpoint.reader import Checkpoint
@@ -120,7 +120,6 @@ def _task(
     device: str,
 ) -> "Task":
     """Open what is compared, and read or build the tokens."""
-    from v4quant.cli._source import open_source
     from v4quant.model.arithmetic import Activations
     from v4quant.model.device import device_named
     from v4quant.parity.compare import Task
@@ -181,18 +180,14 @@ def _prompts(
     return built_prompts(config, length, prefill)
 
 
-def _prepare_report_folder(report: Path, checkpoints: list[str], overwrite: bool) -> None:
+def _prepare_report_folder(report: Path, sources: list[str], overwrite: bool) -> None:
     """Make the place for the report, or refuse it, before hours of work; an earlier one goes, lest it be taken for new.
 
     Raises:
         UsageError: if it lies in a checkpoint.
         OutputError: if it is a file, or holds something that is no report or shall not be replaced.
     """
-    if any(
-        report.resolve().is_relative_to(Path(folder).resolve())
-        for folder in checkpoints
-        if parse_location(folder) is None
-    ):
+    if any(lies_in(report, source) for source in sources):
         raise UsageError(f"{report}: lies in a checkpoint that is compared", hint="Choose a folder outside of it.")
     if report.exists() and not report.is_dir():
         raise OutputError(f"{report}: is a file, expected a folder to write")

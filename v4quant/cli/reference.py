@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from v4quant.cli._memory import peak_memory_bytes
-from v4quant.cli._options import JsonMode, Overwrite, Source
+from v4quant.cli._options import AnySource, JsonMode, Overwrite
 from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.cli._progress import layer_progress
+from v4quant.cli._source import lies_in, open_source
 from v4quant.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def reference(
-    src: Source,
+    src: AnySource,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, *.safetensors.", show_default=False)],
     tokens: Annotated[
         Path, typer.Option(metavar="FILE", help="safetensors with input_ids I64 [T].", show_default=False)
@@ -44,14 +45,13 @@ def reference(
     v4quant reference DeepSeek-V4-Pro first.safetensors --tokens prompt.safetensors --layers 0-9
     """
     # torch loads here, so that `v4quant --help` need not wait for it.
-    from v4quant.checkpoint.reader import open_checkpoint
     from v4quant.model.device import device_named
     from v4quant.model.reference import Task, output_tensors, write_reference
     from v4quant.model.streaming import StreamedModel
 
     output = Output(json_mode)
     start = time.monotonic()
-    checkpoint = open_checkpoint(src)
+    checkpoint = open_source(src)
     config = checkpoint.config
     task = Task.load(tokens, config, prefill, _parse_layers(layers))
     _require_free_file(out, src, tokens, overwrite)
@@ -107,12 +107,12 @@ def _arithmetic(activations: str, device: str) -> "Arithmetic":
     return Arithmetic(Activations(activations), Products.DECODED if device == "cpu" else Products.CODED)
 
 
-def _require_free_file(out: Path, src: Path, tokens: Path, overwrite: bool) -> None:
+def _require_free_file(out: Path, src: str, tokens: Path, overwrite: bool) -> None:
     if out.suffix != ".safetensors":
         raise UsageError(
             f"{out}: expected a file name that ends in .safetensors", hint=f"For example: {out}.safetensors"
         )
-    if out.resolve().is_relative_to(src.resolve()):
+    if lies_in(out, src):
         raise UsageError(f"{out}: lies in the checkpoint that is read", hint="Choose a file outside of it.")
     if out.is_dir():
         raise OutputError(f"{out}: is a folder, expected a file to write")

@@ -43,7 +43,7 @@ class Branch:
         return Location(self.repo_id, self.name)
 
     def exists(self) -> bool:
-        """True if there is such a branch.
+        """True if there is such a repository and branch.
 
         Raises:
             HubError: if the Hub refuses or cannot be reached.
@@ -51,7 +51,7 @@ class Branch:
         with hub_errors(str(self.location)):
             try:
                 self.hub.api.model_info(self.repo_id, revision=self.name)
-            except RevisionNotFoundError:
+            except (RepositoryNotFoundError, RevisionNotFoundError):
                 return False
         return True
 

@@ -100,7 +100,7 @@ class HubRun:
         if self.branch is None:
             return is_there(self._out / shard.name, shard.file_bytes)
         known = self._known_uploads().get(shard.name)
-        there = self._on_branch().get(shard.name)
+        there = self._on_branch().get(shard.name) if known is not None else None
         is_safe = known is not None and there is not None and (there.size, there.sha256) == (known.size, known.sha256)
         if is_safe:
             with disk_errors(self._out / shard.name):  # a kill came between the note and the removal
