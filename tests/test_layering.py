@@ -55,9 +55,11 @@ LIGHT_MODULES = [
     *(f"checkpoint.{name}" for name in ("files", "header", "index", "detect", "audit", "reader")),
     "hub.location",
     "cli.main",
+    "cli._source",
+    "cli._hub_run",
     "cli.inspect_",
 ]
-HEAVY = {"numpy", "numba", "torch"}
+HEAVY = {"numpy", "numba", "torch", "huggingface_hub", "httpx2"}
 
 
 def imports_of(path: Path) -> Iterator[str]:

@@ -314,9 +314,11 @@ class Api:
     def validate_yaml(self) -> Reply:
         content = json.loads(self._body)["content"]
         match = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+        if match is None:
+            return _json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
         try:
-            if match is None or not isinstance(yaml.safe_load(match[1]), dict):
-                raise ValueError("no metadata")
+            if not isinstance(yaml.safe_load(match[1]), dict):
+                raise ValueError("metadata is no mapping")
         except (ValueError, yaml.YAMLError) as error:
             return _json({"errors": [{"message": str(error)}], "warnings": []}, 400)
         return _json({"errors": [], "warnings": []})

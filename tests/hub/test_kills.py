@@ -36,10 +36,10 @@ class Bench:
     server: "subprocess.Popen[str]"
     errors: Path
 
-    def run(self, *argv: str, moment: int = -1) -> tuple[int, int]:
+    def run(self, *argv: str, moment: int = -1, number: int = signal.SIGKILL) -> tuple[int, int]:
         """Run a command line, struck at a moment; how it ended, and how many moments there were."""
         assert self.server.stdin and self.server.stdout
-        job = {"argv": argv, "signal": signal.SIGKILL, "moment": moment, "stderr": str(self.errors), "network": True}
+        job = {"argv": argv, "signal": number, "moment": moment, "stderr": str(self.errors), "network": True}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         answer = json.loads(self.server.stdout.readline())
@@ -136,6 +136,20 @@ def test_killed_at_any_moment_and_run_again(bench: Bench, chain: Chain, tmp_path
             bench.must_run(*case.command(name))
         case.assert_complete(name)
     assert struck >= POINTS - 2
+
+
+@pytest.mark.parametrize("name", ["download", "convert --push", "push"])
+def test_interrupted(bench: Bench, chain: Chain, tmp_path: Path, name: str) -> None:
+    """Ctrl-C ends a run at once, whatever it waits for, and the same command goes on."""
+    for number, moment in enumerate((20, 50)):
+        case = Case(bench, chain, tmp_path / f"out{number}")
+        bench.hub.store.repos.pop(REPO, None)
+        code, _ = bench.run(*case.command(name), moment=moment, number=signal.SIGINT)
+        assert code == 130, bench.errors.read_text()
+        assert bench.errors.read_text().startswith("error: interrupted")
+        case.assert_nothing_half()
+        bench.must_run(*case.command(name))
+        case.assert_complete(name)
 
 
 def is_complete(out: Path) -> bool:

@@ -226,6 +226,23 @@ def test_the_token_goes_to_the_endpoint_alone(hub: TestHub, folder: Path, capsys
     assert TOKEN not in capsys.readouterr().err
 
 
+def test_what_a_server_echoes_is_scrubbed(
+    hub: TestHub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.store.add_folder(REPO, folder)
+    hub.users["plain-secret-123"] = "me"
+    monkeypatch.setenv("HF_TOKEN", "plain-secret-123")
+    echo = f"plain-secret-123 and {TOKEN} and https://storage/x?X-Amz-Signature=s3cr3t and \x1b[2J" + "long " * 500
+    for place in ("/api/models/", "/resolve/"):
+        hub.faults[:] = [Fault(place, status=403, body=json.dumps({"error": echo}).encode(), times=99)]
+        assert main(["inspect", REPO]) == 4
+        errors = capsys.readouterr().err
+        assert "*** and *** and https://storage/x?***" in errors
+        assert len(errors) < 1_000
+        for secret in ("plain-secret-123", TOKEN, "s3cr3t", "\x1b"):
+            assert secret not in errors
+
+
 HOSTILE = [
     "../evil",
     "a/../../evil",

@@ -15,7 +15,9 @@ from tests.hub.conftest import Chain
 from tests.hub.server import TOKEN, Fault, TestHub
 from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.cli.main import main
+from v4quant.errors import OutputError
 from v4quant.hub.origin import converted_from
+from v4quant.hub.uploads import UploadedShard, Uploads
 
 SOURCE, REPO = "me/source", "me/fp8"
 INDEX = "model.safetensors.index.json"
@@ -38,8 +40,8 @@ def assert_staged(hub: TestHub, out: Path, chain: Chain) -> str:
     (ref,) = [ref for ref in repo.refs if "v4quant-" in ref]
     tree = repo.commits[repo.refs[ref]].tree
     expected = open_checkpoint(chain.fp8).files.names()
-    assert set(tree) == {*expected, ".gitattributes"}
-    for name in set(expected) - {"v4quant.source.json"}:
+    assert set(tree) == {*expected, ".gitattributes"} - {"README.md"}
+    for name in set(expected) - {"v4quant.source.json", "README.md"}:
         assert hub.store.content(tree[name]) == (chain.fp8 / name).read_bytes(), name
     left = {name for name in files_below(out) if name != "v4quant.uploads.jsonl"}
     assert left == {name for name in expected if not name.endswith(".safetensors")}
@@ -93,12 +95,10 @@ def measured(folder: Path) -> Iterator[list[int]]:
     def watch() -> None:
         nonlocal largest
         while not ended.is_set():
-            total = 0
-            for path in list(folder.rglob("*")):
-                try:
-                    total += path.stat().st_blocks * 512 if path.is_file() else 0
-                except OSError:
-                    continue
+            try:
+                total = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+            except OSError:  # a file went while it was looked at
+                continue
             largest = max(largest, total)
             time.sleep(0.001)
 
@@ -279,6 +279,26 @@ def test_what_the_disk_gives_back_is_compared_before_it_is_uploaded(
     hub.forget()
     assert convert(out, "--push", REPO) == 5
     assert "does not have the bytes that were written" in capsys.readouterr().err
+
+
+def test_a_shard_is_removed_only_after_it_was_noted(
+    hub: TestHub, chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.store.add_folder(SOURCE, chain.source)
+    out = tmp_path / "out"
+
+    def refuse(_uploads: Uploads, shard: UploadedShard) -> None:
+        raise OutputError(f"{shard.shard}: no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Uploads, "add", refuse)
+        assert convert(out, "--push", REPO) == 5
+    assert (out / "model-00001-of-00004.safetensors").exists()
+    before = len(hub.asked("/upload/", "PUT"))
+    assert before == 1
+    assert convert(out, "--push", REPO) == 0
+    assert len(hub.asked("/upload/", "PUT")) == 4
+    assert_staged(hub, out, chain)
 
 
 def test_the_source_of_a_download_is_noted(hub: TestHub, chain: Chain, tmp_path: Path) -> None:

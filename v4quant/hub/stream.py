@@ -20,6 +20,7 @@ from v4quant.checkpoint.plan import Plan
 from v4quant.checkpoint.reader import JOURNAL_NAME, UPLOADS_NAME
 from v4quant.checkpoint.run_folder import STATE_FOLDER, is_there
 from v4quant.errors import HubError, OutputError
+from v4quant.hub.card import README_NAME
 from v4quant.hub.client import Hub, connect
 from v4quant.hub.listing import RemoteFile
 from v4quant.hub.location import Location
@@ -133,7 +134,7 @@ class HubRun:
         contents = [
             content_of_file(files, name, self._out / name, _ignore)
             for name in files.names()
-            if name not in (JOURNAL_NAME, UPLOADS_NAME)
+            if name not in (JOURNAL_NAME, UPLOADS_NAME, README_NAME)  # push writes a card of its own
         ]
         shards = self._known_uploads().values()
         wanted = {content.file.name: content.file for content in contents}
