@@ -301,6 +301,13 @@ def test_a_third_party_verifies_without_downloading(
     capsys.readouterr()
     assert main(["verify", REPO, "--against", "hf://me/source", "--json"]) == 0
     assert result_of(capsys)["ok"]
+    path = hub.store.object_path(hub.store.repos[REPO].main[SECOND].oid)
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    for command in (["verify", REPO], ["verify", REPO, "--against", "hf://me/source"]):
+        assert main(command) == 1
+        assert "MISMATCH layers.0." in capsys.readouterr().out
 
 
 def test_a_second_push_sends_nothing(hub: TestHub, chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
