@@ -1,5 +1,6 @@
 """`v4quant download`: all or a part, continued, repaired, and never outside of its folder."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ def run_json(out: Path, capsys: pytest.CaptureFixture[str], *options: str) -> di
     assert run(out, "--json", *options) == 0
     result: dict[str, Any] = json.loads(capsys.readouterr().out)
     return result
+
+
+def partial_of(out: Path, oid: str) -> Path:
+    """Where the second shard lies while it is fetched."""
+    return out / ".v4quant" / f"{oid}-{hashlib.sha256(SECOND.encode()).hexdigest()[:8]}.partial"
 
 
 def files_of(folder: Path) -> list[str]:
@@ -98,7 +104,7 @@ def test_it_goes_on_in_the_middle_of_a_file(hub: TestHub, folder: Path, tmp_path
     hub.faults.append(Fault(f"/objects/{oid}", host="storage", status=503, times=6))
     assert run(out) == 4
     assert not (out / SECOND).exists()
-    assert (out / ".v4quant" / f"{oid}.partial").stat().st_size == 70_000
+    assert partial_of(out, oid).stat().st_size == 70_000
     hub.forget()
     assert run(out) == 0
     assert [request.headers["range"] for request in hub.asked(f"/objects/{oid}")] == [
@@ -112,7 +118,7 @@ def test_a_damaged_rest_of_an_earlier_run_is_fetched_anew(hub: TestHub, folder: 
     out, oid = tmp_path / "out", hub.store.repos[REPO].main[SECOND].oid
     (out / ".v4quant").mkdir(parents=True)
     for size in (1_000, 10**7):
-        (out / ".v4quant" / f"{oid}.partial").write_bytes(b"x" * size)
+        partial_of(out, oid).write_bytes(b"x" * size)
         (out / SECOND).unlink(missing_ok=True)
         assert run(out) == 0
         assert (out / SECOND).read_bytes() == (folder / SECOND).read_bytes()
@@ -238,6 +244,15 @@ def test_a_file_in_the_way(hub: TestHub, folder: Path, tmp_path: Path) -> None:
     assert run(tmp_path / "file") == 5
     (tmp_path / "out" / "config.json").mkdir(parents=True)
     assert run(tmp_path / "out") == 5
+
+
+def test_files_of_one_content(hub: TestHub, folder: Path, tmp_path: Path) -> None:
+    repo = hub.store.add_folder(REPO, folder)
+    twins = {f"copies/{n}.safetensors": repo.main[SECOND] for n in range(8)}
+    repo.add_commit("refs/heads/main", "twins", {**repo.main, **twins})
+    assert run(tmp_path / "out") == 0
+    for name in twins:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / SECOND).read_bytes()
 
 
 def test_two_downloads_into_one_folder(hub: TestHub, folder: Path, tmp_path: Path) -> None:

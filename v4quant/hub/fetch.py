@@ -1,7 +1,7 @@
 """One file of a repository onto the disk: continued where it stopped, and given its name only when its hash is right.
 
-While it is fetched it lies under a name made of its hash, so what a killed run left is found again by the next run,
-whatever the file is called and wherever main has moved to.
+While it is fetched it lies under a name made of its hash and path, so what a killed run left is found again by the next
+run, wherever main has moved to, and is not taken for the rest of another content.
 """
 
 import os
@@ -51,7 +51,7 @@ class Fetcher:
 
     def partial(self, file: RemoteFile) -> Path:
         """Where a file lies while it is fetched."""
-        return self._folder / f"{file.digest}.partial"
+        return self._folder / f"{file.key}.partial"
 
     def bytes_there(self, file: RemoteFile) -> int:
         """Bytes of a file that an earlier run has fetched."""

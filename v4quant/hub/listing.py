@@ -54,6 +54,11 @@ class RemoteFile:
         return hashlib.sha1(f"blob {self.size}\0".encode(), usedforsecurity=False)
 
     @property
+    def key(self) -> str:
+        """A name made of content and path: two files of one content have two."""
+        return f"{self.digest}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
+
+    @property
     def is_hidden(self) -> bool:
         """True for .gitattributes and the like, which are no part of a checkpoint."""
         return any(part.startswith(".") for part in self.name.split("/"))

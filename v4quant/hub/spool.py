@@ -223,7 +223,7 @@ class Spool:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"{self._remote.file(name).digest}.shard"
+        return self._folder / f"{self._remote.file(name).key}.shard"
 
 
 def _ignore(_count: int, _file: str) -> None:
