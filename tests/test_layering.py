@@ -15,7 +15,7 @@ PACKAGE = Path(v4quant.__file__).parent
 COMMON = {"errors", "dtypes", "encodings", "strict_json", "config", "config_keys", "names", "inventory", "words"}
 # Room -> rooms it may import besides itself and the common modules.
 ARROWS = {
-    "cli": {"hub", "parity", "testing", "model", "checkpoint", "formats"},
+    "cli": {"hub", "parity", "testing", "model", "checkpoint", "formats", "budget", "chat"},
     "testing": {"kernels", "checkpoint", "formats", "numerics"},
     "hub": {"checkpoint", "parity"},
     "parity": {"model", "checkpoint"},
@@ -24,6 +24,8 @@ ARROWS = {
     "checkpoint": {"formats", "numerics"},
     "formats": {"numerics"},
     "numerics": set(),
+    "budget": set(),
+    "chat": set(),
     # Common modules, each with those that it builds on.
     "errors": set(),
     "dtypes": set(),
@@ -45,19 +47,24 @@ THIRD_PARTIES = {
     "numba": {"numerics"},
     "numpy": {"numerics", "formats", "checkpoint", "testing"},
     "torch": {"checkpoint", "kernels", "model", "parity", "testing"},
-    "tokenizers": {"parity"},
+    "tokenizers": {"parity", "chat"},
     "triton": {"kernels"},
-    "matplotlib": {"parity/report/plots"},
+    "matplotlib": {"parity/report/plots", "budget/plot"},
 }
 # These run in `inspect` and `--help`, which must start at once.
 LIGHT_MODULES = [
     *sorted(COMMON),
-    *(f"checkpoint.{name}" for name in ("files", "header", "index", "detect", "audit", "reader")),
+    *(f"checkpoint.{name}" for name in ("files", "header", "index", "detect", "audit", "reader", "layout")),
+    *(f"checkpoint.process_{name}" for name in ("environment", "group", "store")),
     "hub.location",
     "cli.main",
     "cli._source",
     "cli._hub_run",
+    "cli.convert",
     "cli.inspect_",
+    *(f"budget.{name}" for name in ("layers", "kv_cache", "flops", "baselines", "gpu", "summary")),
+    "cli.budget",
+    *(f"chat.{name}" for name in ("messages", "turns", "encode", "decode", "tokenizer")),
 ]
 HEAVY = {"numpy", "numba", "torch", "huggingface_hub", "httpx2"}
 

@@ -31,6 +31,14 @@ class UsageError(V4QuantError):
     exit_code = 2
 
 
+class MessagesError(UsageError):
+    """Messages that V4's prompt has no form for: a field of the wrong kind, an unknown role or task, a lost meaning."""
+
+
+class CompletionError(CheckFailedError):
+    """A completion that is not well formed: no end of reasoning or of the sentence, a tool call that cannot be read."""
+
+
 class CheckpointError(V4QuantError):
     """Checkpoint data is missing, damaged, contradicts itself, or changed under our hands."""
 

@@ -8,6 +8,7 @@ Source of names, shapes and dtypes: the headers of the April 2026, 0731 and 0813
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -115,6 +116,21 @@ def stored_tensors(config: V4Config, scheme: Scheme) -> list[StoredTensor]:
 def inventory(config: V4Config) -> list[StoredTensor]:
     """Every stored tensor of the release that a config describes; FP8 experts are taken for a Base release."""
     return stored_tensors(config, config.declared_scheme or BASE_SCHEME)
+
+
+def bytes_by_group(config: V4Config, scheme: Scheme) -> dict[str, int]:
+    """Bytes of a checkpoint by group: the sums over `stored_tensors`, optional ones included, without listing them."""
+    blocks = _blocks(config)
+    local: dict[_BlockKind, Counter[str]] = {}
+    for prefix, kind in blocks:
+        if kind not in local:
+            local[kind] = Counter()
+            for tensor in _local_stored(config, kind, prefix, scheme):
+                local[kind][tensor.group] += tensor.bytes
+    total: Counter[str] = Counter()
+    for _, kind in blocks:
+        total.update(local[kind])
+    return dict(total)
 
 
 def mtp_copies(config: V4Config, names: Iterable[TensorName]) -> list[LogicalTensor]:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.merge import MergePlan, apply_merge
 from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.checkpoint.shard import ShardReport, apply_shard, plan_shard
-from v4quant.checkpoint.tp_folder import open_tp_folder
+from v4quant.checkpoint.tp_folder import open_sharded
+from v4quant.checkpoint.tp_rules import Layout
 from v4quant.testing.releases import synth_config
 from v4quant.testing.synth import write_checkpoint
 
@@ -20,10 +22,10 @@ _WIDE = {
 }
 
 
-def write_wide(folder: Path, like: str = "flash", *, layers: int = 3, seed: int = 0) -> Path:
+def write_wide(folder: Path, like: str = "flash", *, layers: int = 3, seed: int = 0, **changes: int) -> Path:
     """Write a small checkpoint that 1, 2, 4 and 8 ranks divide; three layers have all features."""
     config_json, scheme = synth_config(like, tiny=True, layers=layers)
-    write_checkpoint(folder, config_json | _WIDE, scheme, seed)
+    write_checkpoint(folder, config_json | _WIDE | changes, scheme, seed)
     if "base" not in like:
         (folder / "encoding").mkdir()
         (folder / "encoding" / "encoding.py").write_text("# carried along\n")
@@ -33,9 +35,15 @@ def write_wide(folder: Path, like: str = "flash", *, layers: int = 3, seed: int 
 
 def shard(source: Path, out: Path, ranks: int, *, fp8_experts: bool = False, workers: int = 2) -> ShardReport:
     """Plan and apply."""
-    return apply_shard(plan_shard(open_checkpoint(source), ranks, fp8_experts=fp8_experts), out, workers=workers)
+    return apply_shard(plan_shard(open_checkpoint(source), Grid(ranks), fp8_experts=fp8_experts), out, workers=workers)
+
+
+def split(source: Path, out: Path, grid: Grid, *, workers: int = 2, max_shard_bytes: int = 10**9) -> ShardReport:
+    """Plan and apply, a folder a rank."""
+    plan = plan_shard(open_checkpoint(source), grid, Layout.RANKS, max_shard_bytes=max_shard_bytes)
+    return apply_shard(plan, out, workers=workers)
 
 
 def merge(source: Path, out: Path, *, workers: int = 2) -> int:
     """Plan and apply."""
-    return apply_merge(MergePlan(open_tp_folder(source)), out, workers=workers)
+    return apply_merge(MergePlan(open_sharded(source)), out, workers=workers)

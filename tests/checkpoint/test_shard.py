@@ -12,17 +12,23 @@ from tests.checkpoint.sharding import merge, shard, write_wide
 from tests.checkpoint.sparse import write_sparse
 from v4quant.checkpoint import plan, tp_stream
 from v4quant.checkpoint import shard as shard_module
+from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.merge import MergePlan
-from v4quant.checkpoint.reader import open_checkpoint
+from v4quant.checkpoint.reader import Checkpoint, open_checkpoint
 from v4quant.checkpoint.shard import plan_shard
-from v4quant.checkpoint.tp_folder import open_tp_folder
-from v4quant.checkpoint.tp_rules import obstacles, working_ranks
+from v4quant.checkpoint.tp_folder import open_sharded
+from v4quant.checkpoint.tp_rules import Layout, obstacles, working_shares
 from v4quant.errors import CheckFailedError, CheckpointError, UsageError
 from v4quant.testing.asserts import assert_same_checkpoint
 from v4quant.testing.releases import Like, synth_config
 from v4quant.testing.synth import write_checkpoint
 
 ALL = [1, 2, 4, 8]
+
+
+def working_ranks(source: Checkpoint) -> list[int]:
+    """Numbers of ranks that work in DeepSeek's layout."""
+    return working_shares(source, Grid(1), Layout.DEEPSEEK)
 
 
 def assert_comes_back(source: Path, tmp_path: Path, ranks: int, *, fp8_experts: bool = False) -> None:
@@ -231,7 +237,7 @@ def test_the_ranks_that_work_for_the_releases(like: str, works: list[int], tmp_p
     """Full size: output groups are the fewest of what is shared out."""
     source = open_checkpoint(write_sparse(tmp_path / "source", like, layers=3, experts=None))
     assert working_ranks(source) == works
-    found = [str(obstacle) for obstacle in obstacles(source, 32)]
+    found = [str(obstacle) for obstacle in obstacles(source, Grid(32), Layout.DEEPSEEK)]
     assert f"layers.0.attn.wo_a.weight: {works[-1]} output groups do not divide by 32" in found
 
 
@@ -239,7 +245,7 @@ def obstacles_of(tmp_path: Path, ranks: int, **changes: int) -> dict[str, str]:
     config_json, scheme = synth_config("flash", tiny=True, layers=3)
     wide = {"num_attention_heads": 8, "o_groups": 8, "o_lora_rank": 128, "n_routed_experts": 8, "index_n_heads": 8}
     write_checkpoint(tmp_path / "source", config_json | wide | changes, scheme)
-    return {o.tensor: o.reason for o in obstacles(open_checkpoint(tmp_path / "source"), ranks)}
+    return {o.tensor: o.reason for o in obstacles(open_checkpoint(tmp_path / "source"), Grid(ranks), Layout.DEEPSEEK)}
 
 
 EXPERT = "layers.0.ffn.experts.0.w1.weight"
@@ -298,23 +304,23 @@ def test_bf16_has_no_blocks_to_cut(tmp_path: Path) -> None:
 def test_refusals_name_the_tensor_and_what_works(tmp_path: Path) -> None:
     source = open_checkpoint(write_wide(tmp_path / "source"))
     with pytest.raises(UsageError, match=r"--tp 16 does not work: layers\.0\.attn\.attn_sink: 8 attention") as caught:
-        plan_shard(source, 16)
+        plan_shard(source, Grid(16))
     assert "These work, up to 64: 1, 2, 4, 8." in caught.value.hint
 
 
 def test_bf16_experts_do_not_become_fp8(tmp_path: Path) -> None:
     convert(write_wide(tmp_path / "native", layers=1), tmp_path / "bf16", "bf16")
     with pytest.raises(UsageError, match="--experts fp8 is for FP4 experts, found BF16"):
-        plan_shard(open_checkpoint(tmp_path / "bf16"), 2, fp8_experts=True)
+        plan_shard(open_checkpoint(tmp_path / "bf16"), Grid(2), fp8_experts=True)
 
 
 def test_counts(tmp_path: Path) -> None:
     """What is promised is what lies on the disk."""
     source = open_checkpoint(write_wide(tmp_path / "source"))
-    found = plan_shard(source, 4)
+    found = plan_shard(source, Grid(4))
     shard(tmp_path / "source", tmp_path / "out", 4)
     on_disk = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert on_disk <= found.disk_bytes <= on_disk + 20_000
-    back = MergePlan(open_tp_folder(tmp_path / "out"))
+    back = MergePlan(open_sharded(tmp_path / "out"))
     assert (back.tensors, back.bytes_written) == (found.tensors, source.bytes)
     assert back.disk_bytes == sum(path.stat().st_size for path in (tmp_path / "source").rglob("*") if path.is_file())

@@ -13,15 +13,16 @@ import pytest
 from tests.checkpoint.sharding import merge, shard, write_wide
 from tests.checkpoint.test_disk import fail_at
 from v4quant.checkpoint import output
+from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.journal import lock_journal
 from v4quant.checkpoint.reader import JOURNAL_NAME, SHARDS_NAME, open_checkpoint
 from v4quant.checkpoint.shard import apply_shard, plan_shard
-from v4quant.checkpoint.tp_folder import open_tp_folder
+from v4quant.checkpoint.tp_folder import open_sharded
 from v4quant.cli.main import main
 from v4quant.errors import CheckpointError, OutputError
 from v4quant.testing.asserts import assert_same_checkpoint
 
-EXTRA = "v4quant.tp-extra.safetensors"
+EXTRA = "v4quant.extra.safetensors"
 FIRST, SECOND = "model0-mp2.safetensors", "model1-mp2.safetensors"
 
 
@@ -144,7 +145,7 @@ CASES: dict[str, tuple[Break, str]] = {
     "a rank with FP8 experts": (take("fp8", SECOND), f"{SECOND}: is of another run"),
     "a rank of another number": (take("four", "model1-mp4.safetensors", SECOND), "is of a set of 4 ranks, expected 2"),
     "ranks of two numbers": (take("four", "model3-mp4.safetensors"), "model3-mp4.safetensors: holds rank 3 of 4"),
-    "the record of another number": (take("four", SHARDS_NAME), f"{FIRST}: holds rank 0 of 2"),
+    "the record of another number": (take("four", SHARDS_NAME), f"{EXTRA}: is of a set of 2 ranks, expected 4"),
     "a rank cut in its data": (cut(SECOND, 1000), f"{SECOND}: is truncated: has "),
     "a rank cut in its header": (cut(FIRST, 3_000_000), f"{FIRST}: is truncated"),
     "the extra file cut": (cut(EXTRA, 1), f"{EXTRA}: is truncated"),
@@ -172,11 +173,17 @@ CASES: dict[str, tuple[Break, str]] = {
         f"{EXTRA}: kept header of model-00002-of-00006.safetensors",
     ),
     "a record that is no JSON": (lambda folder, _: (folder / SHARDS_NAME).write_text("{"), "not valid JSON"),
-    "a record of another version": (in_record(shards=2), "is no record of version 1"),
-    "a record without a run": (in_record(run="x"), "run is no hash"),
-    "a record of no ranks": (in_record(ranks=0), "ranks is no number"),
-    "a record of true ranks": (in_record(ranks=True), "ranks is no number"),
-    "a record of many ranks": (in_record(ranks=10**9), "ranks is no number"),
+    "a record of another version": (in_record(shards=1), "is no record of version 2"),
+    "a record without a run": (in_record(run="x"), "run is not that of the options"),
+    "a record without a source": (in_record(source="x"), "source is no hash"),
+    "a record of no ranks": (in_record(tp=0), "tp is no number"),
+    "a record of true ranks": (in_record(tp=True), "tp is no number"),
+    "a record of many ranks": (in_record(tp=10**9), "tp is no number"),
+    "a record of stages": (in_record(pp=2), "expected ep and pp to be 1"),
+    "a record of ranks by the million": (in_record(layout="ranks", tp=1024, ep=1024), "at most 1,024"),
+    "a record of another layout": (in_record(layout="x"), "layout is none of deepseek, ranks"),
+    "a record of another packing": (in_record(packing="x"), "packing is none of layer, full, one"),
+    "a record of files without a limit": (in_record(max_shard_bytes=-1), "max_shard_bytes is no number"),
     "a record of other experts": (in_record(fp8_experts=1), "fp8_experts is neither"),
     "a record of no weights": (in_record(weights={}), "lists no weight files"),
     "a record of no files": (in_record(files=[]), "files is no object of files"),
@@ -266,13 +273,13 @@ def test_a_flipped_bit_is_found_and_nothing_looks_whole(
         open_checkpoint(out)
 
 
-def test_open_checkpoint_points_to_merge(sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sharded_folder_without_its_record_is_no_checkpoint(
+    sharded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sharded / SHARDS_NAME).unlink()
     for command in (["inspect", str(sharded)], ["convert", str(sharded), "out", "--to", "fp8"]):
         assert main(command) == 3
-        assert f"hint: Make one checkpoint of them with: v4quant merge {sharded} OUT" in capsys.readouterr().err
-    (sharded / SHARDS_NAME).unlink()
-    assert main(["inspect", str(sharded)]) == 3
-    assert "v4quant merge takes what v4quant shard wrote" in capsys.readouterr().err
+        assert f"of what v4quant shard wrote, {SHARDS_NAME} is missing" in capsys.readouterr().err
 
 
 def test_an_unfinished_folder_is_not_merged(source: Path, tmp_path: Path) -> None:
@@ -280,7 +287,7 @@ def test_an_unfinished_folder_is_not_merged(source: Path, tmp_path: Path) -> Non
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(OutputError):
         fail_at(monkeypatch, "fsync", 20, errno.EIO)
         shard(source, out, 2, workers=1)
-    for opened in (open_tp_folder, open_checkpoint):
+    for opened in (open_sharded, open_checkpoint):
         with pytest.raises(CheckpointError, match="is an unfinished"):
             opened(out)
 
@@ -397,7 +404,7 @@ def test_a_source_that_changes_while_it_is_read(name: str, tmp_path: Path) -> No
             path.write_bytes(path.read_bytes())
 
     with pytest.raises(CheckpointError, match=name) as caught:
-        apply_shard(plan_shard(open_checkpoint(source), 2), out, workers=1, progress=lambda _done: advance)
+        apply_shard(plan_shard(open_checkpoint(source), Grid(2)), out, workers=1, progress=lambda _done: advance)
     assert caught.value.hint
     assert not (out / SHARDS_NAME).exists()
     assert not list(out.glob("*.safetensors"))

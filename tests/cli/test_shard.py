@@ -69,7 +69,7 @@ def test_people_read_the_plan_and_the_next_command(
 ) -> None:
     assert main(["shard", str(source), str(tmp_path / "mp2"), "--tp", "2"]) == 0
     printed = capsys.readouterr()
-    for part in ("native -> 2 ranks", "model0-mp2.safetensors:", "model1-mp2.safetensors:", "tp-extra.safetensors:"):
+    for part in ("native -> 2 ranks", "model0-mp2.safetensors:", "model1-mp2.safetensors:", "extra.safetensors:"):
         assert part in printed.out
     assert printed.err == f"next: v4quant merge {tmp_path / 'mp2'} OUT gives back the checkpoint, byte for byte\n"
     assert main(["merge", str(tmp_path / "mp2"), str(tmp_path / "back")]) == 0

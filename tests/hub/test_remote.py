@@ -9,6 +9,7 @@ import pytest
 from tests.checkpoint.conversion import write_small
 from tests.hub.server import TOKEN, Fault, TestHub
 from v4quant.checkpoint.reader import open_checkpoint
+from v4quant.checkpoint.reader import open_source as open_files
 from v4quant.cli._source import open_source
 from v4quant.cli.main import main
 from v4quant.hub.location import Location, parse_location
@@ -86,7 +87,7 @@ def test_a_commit_is_pinned_while_main_moves(hub: TestHub, folder: Path) -> None
     files = open_remote(Location(REPO))
     (changed := {**hub.store.repos[REPO].main}).pop("config.json")
     hub.store.repos[REPO].add_commit("refs/heads/main", "config is gone", changed)
-    assert open_checkpoint(files).config_bytes == (folder / "config.json").read_bytes()
+    assert open_files(files).config_bytes == (folder / "config.json").read_bytes()
 
 
 def test_listings_come_in_pages(hub: TestHub, folder: Path) -> None:

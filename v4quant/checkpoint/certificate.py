@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from v4quant import strict_json
-from v4quant.checkpoint.file_source import FileSource
+from v4quant.checkpoint.files import Source
 from v4quant.errors import CheckFailedError, CheckpointError
 
 CERTIFICATE_NAME = "v4quant.certificate.jsonl"
@@ -100,6 +100,11 @@ class TensorRecord:
             ) from error
 
 
+def is_rounded_weight(record: TensorRecord) -> bool:
+    """True for a weight that lost bits; a block scale only shares its verdict."""
+    return record.verdict is Verdict.ROUNDED and record.tensor.endswith(".weight")
+
+
 def worst_first(records: Iterable[TensorRecord]) -> list[TensorRecord]:
     """Sort rounded tensors by relative RMS error, largest first."""
     return sorted(records, key=lambda record: -record.measured["rms_relative_error"])
@@ -179,31 +184,29 @@ class CertificateHeader:
         return cls(**values)
 
 
-def read_certificate(files: FileSource) -> tuple[CertificateHeader, Iterator[TensorRecord]]:
+def read_certificate(files: Source, name: str = CERTIFICATE_NAME) -> tuple[CertificateHeader, Iterator[TensorRecord]]:
     """Read a certificate, line by line.
 
     Raises:
         CheckpointError: if there is none, or a line is damaged (raised when the iterator reaches it).
     """
-    if CERTIFICATE_NAME not in files.names():
+    if name not in files:
         raise CheckpointError(
-            f"{files.where}: no {CERTIFICATE_NAME}, so there is nothing to verify the bytes against",
+            f"{files.where}: no {name}, so there is nothing to verify the bytes against",
             hint=f"Compare with the checkpoint it was made from: v4quant verify {files.where} --against SRC",
         )
-    lines = _json_lines(files)
-    header = CertificateHeader.from_json(next(lines, (1, None))[1], f"{files.where}/{CERTIFICATE_NAME} line 1")
-    records = (
-        TensorRecord.from_json(line, f"{files.where}/{CERTIFICATE_NAME} line {number}") for number, line in lines
-    )
+    lines, where = _json_lines(files, name), f"{files.where}/{name}"
+    header = CertificateHeader.from_json(next(lines, (1, None))[1], f"{where} line 1")
+    records = (TensorRecord.from_json(line, f"{where} line {number}") for number, line in lines)
     return header, records
 
 
-def _json_lines(files: FileSource) -> Iterator[tuple[int, object]]:
+def _json_lines(files: Source, name: str) -> Iterator[tuple[int, object]]:
     """Lines of the certificate with their numbers, a megabyte in memory at a time."""
-    size, start, rest, number = files.size(CERTIFICATE_NAME), 0, b"", 0
+    size, start, rest, number = files.size(name), 0, b"", 0
     while start < size or rest:
         stop = min(size, start + _MAX_LINE_BYTES)
-        rest += files.read(CERTIFICATE_NAME, start, stop)
+        rest += files.read(name, start, stop)
         start = stop
         *whole, rest = rest.split(b"\n") if start < size else (*rest.splitlines(), b"")
         if not whole and len(rest) > _MAX_LINE_BYTES:
@@ -214,6 +217,6 @@ def _json_lines(files: FileSource) -> Iterator[tuple[int, object]]:
                 yield number, strict_json.parse(text)
             except ValueError as error:
                 raise CheckpointError(
-                    f"{files.where}/{CERTIFICATE_NAME} line {number}: not JSON ({error})",
+                    f"{files.where}/{name} line {number}: not JSON ({error})",
                     hint="Convert again; the certificate was edited or damaged.",
                 ) from error

@@ -12,9 +12,9 @@ import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from v4quant.checkpoint.file_source import FileSource
+from v4quant.checkpoint.file_stamp import Stamp
 from v4quant.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,6 +26,57 @@ _OPEN_FILES_A_THREAD = 8
 # Reads of this size go past the page cache (direct.py); smaller ones are headers, scales and other small things.
 DIRECT_READ_BYTES = 2**17
 _HINT_CHANGED = "Leave the source alone while it is read; then run the same command again."
+
+
+class Source(Protocol):
+    """The files of a checkpoint, wherever they are; read by byte range, from any thread."""
+
+    @property
+    def where(self) -> str:
+        """What the user calls it."""
+
+    def names(self) -> list[str]:
+        """Relative paths of all files, sorted."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file, as it was listed."""
+
+    def fingerprint(self, name: str) -> str:
+        """What tells a file from a changed one without reading it; file_stamp.is_same_fingerprint compares two."""
+
+    def noted_sha256(self, name: str) -> str | None:
+        """The hash that is promised of a file; None where nobody promised any."""
+
+    def path(self, name: str) -> Path:
+        """Absolute path of a file.
+
+        Raises:
+            UsageError: if it is none on this disk.
+        """
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Read bytes [start, stop) of a file, all of it by default.
+
+        Raises:
+            CheckpointError: if the file has changed since it was listed, or cannot be read.
+        """
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill a buffer with the bytes from `start` on.
+
+        Raises:
+            CheckpointError: if the file has changed since it was listed, or cannot be read.
+        """
+
+    def require_unchanged(self, name: str) -> None:
+        """Check that the file is still the one that was listed.
+
+        Raises:
+            CheckpointError: if it is not.
+        """
 
 
 class Files:
@@ -62,12 +113,28 @@ class Files:
         return self._stat[name].st_size
 
     def fingerprint(self, name: str) -> str:
-        """What tells a file from a changed one without reading it.
+        """What tells a file from a changed one without reading it; file_stamp.is_same_fingerprint compares two.
 
-        Its bytes, and the times of its last change of data and of anything: the second cannot be set by hand.
+        The numbers of a Stamp.
         """
-        found = self._stat[name]
-        return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+        return " ".join(map(str, Stamp.of(self._stat[name])))
+
+    def is_at(self, name: str, path: Path) -> bool:
+        """True if a path is another name of a listed file: a hard link to it."""
+        try:
+            found = path.lstat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (self._stat[name].st_dev, self._stat[name].st_ino)
+
+    def device(self, name: str) -> int:
+        """Number of the file system that a file lies on."""
+        return self._stat[name].st_dev
+
+    def noted_sha256(self, name: str) -> str | None:
+        """Nothing: a folder promises no hashes."""
+        del name
+        return None
 
     def path(self, name: str) -> Path:
         """Absolute path of a listed file."""
@@ -108,9 +175,8 @@ class Files:
 
     def _require_unchanged(self, where: str, name: str, found: os.stat_result) -> None:
         listed = self._stat[name]
-        for key in ("st_ino", "st_size", "st_mtime_ns", "st_ctime_ns"):
-            if getattr(found, key) != getattr(listed, key):
-                raise CheckpointError(f"{where}: has changed since this run began", hint=_HINT_CHANGED)
+        if found.st_ino != listed.st_ino or not Stamp.of(found).is_same(Stamp.of(listed)):
+            raise CheckpointError(f"{where}: has changed since this run began", hint=_HINT_CHANGED)
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
         if prefix.count("/") > MAX_FOLDERS_DEEP:
@@ -140,12 +206,6 @@ class Files:
                 f"{entry.path}: is a link out of the checkpoint folder, to {target}",
                 hint="Replace the link by the file it stands for, or remove it.",
             )
-
-
-def local_path(files: FileSource, name: str) -> Path:
-    """Path of a file of a checkpoint that is known to be a local folder."""
-    assert isinstance(files, Files), f"{files.where} is no local folder"
-    return files.path(name)
 
 
 def _require_plain_name(entry: os.DirEntry[str]) -> None:

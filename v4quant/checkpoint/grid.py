@@ -10,11 +10,9 @@
 DeepSeek's tensor-parallel layout is the grid with ep = pp = 1.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
-from v4quant.config import V4Config
 from v4quant.names import Role, TensorName
 
 MAX_RANKS = 1024
@@ -57,16 +55,24 @@ class Grid:
 
     def stage_of_layer(self, layer: int, layers: int) -> int:
         """The stage that holds a layer of so many."""
-        return next(stage for stage in range(self.pp) if layer in stage_layers(stage, self.pp, layers))
+        each, more = divmod(layers, self.pp)
+        wide = more * (each + 1)  # layers in the stages that have one more
+        return layer // (each + 1) if layer < wide else more + (layer - wide) // each
 
-    def stages(self, name: TensorName, config: V4Config) -> list[int]:
-        """The stages that hold a tensor, in order."""
+    def stages(self, name: TensorName, layers: int, *, has_mtp: bool) -> tuple[int, ...]:
+        """The stages that hold a tensor, in order, of a model with so many layers."""
         if name.block == "layers":
-            return [self.stage_of_layer(name.index, config.num_hidden_layers)]
+            return (self.stage_of_layer(name.index, layers),)
         last = self.pp - 1
         if name.role is Role.EMBEDDING:
-            return sorted({0, last}) if config.mtp_blocks else [0]
-        return [last]
+            return (0, last) if has_mtp and last else (0,)
+        return (last,)
+
+    def holders(
+        self, stages: tuple[int, ...], tp_rank: int | None = None, expert_share: int | None = None
+    ) -> tuple[int, ...]:
+        """Ranks of these stages, in order; those with one tp_rank or expert share alone, where it is given."""
+        return _holders(self, stages, tp_rank, expert_share)
 
     def __str__(self) -> str:
         """As the command line writes it."""
@@ -116,8 +122,11 @@ def stage_layers(stage: int, stages: int, layers: int) -> range:
     return range(first, first + each + (stage < more))
 
 
-def ranks_of(grid: Grid, stages: list[int], **coordinates: int) -> Iterator[int]:
-    """Ranks of these stages with these coordinates (tp_rank, ep_rank, expert_share), in order."""
-    for place in grid.places:
-        if place.stage in stages and all(getattr(place, key) == value for key, value in coordinates.items()):
-            yield place.rank
+@lru_cache(maxsize=4096)
+def _holders(grid: Grid, stages: tuple[int, ...], tp_rank: int | None, expert_share: int | None) -> tuple[int, ...]:
+    """See Grid.holders; asked anew for every tensor."""
+    return tuple(
+        place.rank
+        for place in grid.places
+        if place.stage in stages and tp_rank in (None, place.tp_rank) and expert_share in (None, place.expert_share)
+    )

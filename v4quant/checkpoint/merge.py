@@ -1,7 +1,8 @@
-"""`merge`: tensor-parallel files back into the checkpoint that they were made from, byte for byte.
+"""`merge`: ranks back into the checkpoint that they were made from, byte for byte.
 
 Each file of the checkpoint is written from front to back by one thread, hashed on the way, and gets its name only if
-the hash is the one that `shard` noted when it read the original. config.json comes last.
+the hash is the one that `shard` noted when it read the original. config.json comes last. What comes out of ranks'
+folders gets a certificate that says the same of every tensor, unless the original had one of its own.
 """
 
 import hashlib
@@ -12,16 +13,21 @@ from functools import cached_property
 from pathlib import Path
 
 import v4quant
+from v4quant.checkpoint.certificate import CERTIFICATE_NAME
 from v4quant.checkpoint.journal import Journal, JournalHeader
 from v4quant.checkpoint.output import ShardFile, require_disk_space, write_file
 from v4quant.checkpoint.plan import CHUNK_BYTES, DEFAULT_WORKERS
-from v4quant.checkpoint.reader import SHARDS_NAME
+from v4quant.checkpoint.reader import SHARDS_NAME, open_source
 from v4quant.checkpoint.run_folder import forget, is_there, open_run, remove_partial_files, require_apart
 from v4quant.checkpoint.stream import Worker
-from v4quant.checkpoint.tp_folder import TpFolder
-from v4quant.checkpoint.tp_layout import FILE_PREFIX, HEADER_PREFIX
+from v4quant.checkpoint.tp_certificates import write_whole_certificate
+from v4quant.checkpoint.tp_files import FILE_PREFIX, HEADER_PREFIX
+from v4quant.checkpoint.tp_folder import ShardedFolder
+from v4quant.checkpoint.tp_hashes import ShareRecord, TensorHashes
 from v4quant.checkpoint.tp_record import FileRecord, in_writing_order
+from v4quant.checkpoint.tp_rules import Layout
 from v4quant.checkpoint.tp_stream import gather
+from v4quant.checkpoint.tp_whole import WholeFiles
 from v4quant.checkpoint.units import Advance, work_through
 from v4quant.errors import CheckFailedError, InterruptedRunError
 
@@ -30,7 +36,7 @@ from v4quant.errors import CheckFailedError, InterruptedRunError
 class MergePlan:
     """A merge, decided."""
 
-    source: TpFolder
+    source: ShardedFolder
 
     @cached_property
     def tensors(self) -> int:
@@ -48,6 +54,11 @@ class MergePlan:
         record = self.source.record
         return sum(file.bytes for file in (*record.weights.values(), *record.files.values()))
 
+    @property
+    def writes_certificate(self) -> bool:
+        """True where the checkpoint gets a certificate that it did not have."""
+        return self.source.layout.run.layout is Layout.RANKS and CERTIFICATE_NAME not in self.source.record.files
+
     def fingerprints(self) -> dict[str, str]:
         """What every file that is read looks like."""
         names = [SHARDS_NAME, *(file.name for file in self.source.layout.files)]
@@ -58,7 +69,7 @@ class MergePlan:
         """Identity of this plan."""
         record = self.source.record
         files = [file.to_json() for file in (*record.weights.values(), *record.files.values())]
-        return hashlib.sha256(json.dumps([v4quant.__version__, record.run, files]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([v4quant.__version__, record.run.id, files]).encode()).hexdigest()
 
 
 def apply_merge(
@@ -95,6 +106,8 @@ def apply_merge(
         resumed = len(journal.finished)
         _write_weights(plan, out, journal, workers, progress)
         remove_partial_files(out)
+        if plan.writes_certificate:
+            write_whole_certificate(open_source(WholeFiles(plan.source)), journal, out)
         for name in in_writing_order(plan.source.record.files):
             write_file(out / name, _kept_file(plan.source, plan.source.record.files[name]))
         journal.remove()
@@ -130,31 +143,34 @@ def _write_weights(
     work_through(
         todo,
         lambda name, worker: _gather_file(plan.source, name, out, worker),
-        lambda name, record: journal.append(name, [record]),
+        lambda name, records: journal.append(name, records),
         workers=workers,
         advance=advance,
     )
 
 
-def _gather_file(source: TpFolder, name: str, out: Path, worker: Worker) -> FileRecord:
+def _gather_file(source: ShardedFolder, name: str, out: Path, worker: Worker) -> list[FileRecord | ShareRecord]:
     """Write a weight file from front to back, and give it its name if it is the original."""
-    expected, digest = source.record.weights[name], hashlib.sha256()
+    expected, hashes = source.record.weights[name], TensorHashes()
     kept = source.layout.extra.entries[HEADER_PREFIX + name]
     header = source.files.read(kept.file, kept.start, kept.stop)
-    digest.update(header)
+    hashes.file.update(header)
     file = ShardFile(out / name, header, expected.bytes)
+    tensors = []
     try:
         for place in source.layout.placements[name]:
-            gather(source.files, place, file, worker, digest)
-        _require_original(source, expected, digest.hexdigest())
+            hashes.begin()
+            gather(source.files, place, file, worker, hashes)
+            tensors.append(hashes.whole_record(place))
+        _require_original(source, expected, hashes.file.hexdigest())
         file.finish()
     except BaseException:
         file.abandon()
         raise
-    return expected
+    return [expected, *tensors]
 
 
-def _kept_file(source: TpFolder, expected: FileRecord) -> Iterator[bytes]:
+def _kept_file(source: ShardedFolder, expected: FileRecord) -> Iterator[bytes]:
     """The bytes of a file without weights; fails at its end where it is not the original."""
     entry, digest = source.layout.extra.entries[FILE_PREFIX + expected.file], hashlib.sha256()
     for start in range(entry.start, entry.stop, CHUNK_BYTES):
@@ -164,7 +180,7 @@ def _kept_file(source: TpFolder, expected: FileRecord) -> Iterator[bytes]:
     _require_original(source, expected, digest.hexdigest())
 
 
-def _require_original(source: TpFolder, expected: FileRecord, digest: str) -> None:
+def _require_original(source: ShardedFolder, expected: FileRecord, digest: str) -> None:
     if digest != expected.sha256:
         raise CheckFailedError(
             f"{expected.file}: comes out of {source.where} with sha256 {digest[:16]}..., expected "

@@ -19,6 +19,7 @@ from v4quant.config import CONFIG_NAME, INFERENCE_CONFIG_NAME
 from v4quant.errors import OutputError
 
 PARTIAL_SUFFIX = ".partial"
+RANK_FOLDERS = "rank-[0-9]*"  # of a sharded checkpoint, see tp_files.py
 
 
 @contextlib.contextmanager
@@ -52,20 +53,52 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> None:
     Raises:
         OutputError: if the disk refuses.
     """
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            sync_folder(path.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with StreamedFile(path) as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.finish()
+
+
+class StreamedFile:
+    """A file written from front to back, whole or not at all; a context manager that removes what was not finished."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._partial.open("wb")
+
+    def __enter__(self) -> "StreamedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._file.closed:
+            with contextlib.suppress(OSError):  # what could not be written, an error on its way says
+                self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+    def write(self, data: bytes) -> None:
+        """Add bytes.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        with disk_errors(self._path):
+            self._file.write(data)
+
+    def finish(self) -> None:
+        """Sync, close and give the file its name.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        with disk_errors(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._partial.replace(self._path)
+            self._file.close()
+            sync_folder(self._path.parent)
 
 
 class ShardFile:
@@ -189,17 +222,23 @@ def make_room(out: Path, needed_bytes: int, keep: str = "") -> None:
             )
         # inference/config.json says how experts are stored, so an old one would lie about the new.
         names = (CONFIG_NAME, INDEX_NAME, INFERENCE_CONFIG_NAME, SHARDS_NAME, SOURCE_NAME)
-        old = [path for name in names if (path := out / name).exists()]
+        ranks = sorted(path for path in out.glob(RANK_FOLDERS) if path.is_dir())
+        old = [path for folder in (out, *ranks) for name in names if (path := folder / name).exists()]
         for pattern in ("*.safetensors", f"*{PARTIAL_SUFFIX}", "v4quant.*.jsonl"):
-            old += (path for path in out.glob(pattern) if path.name != keep)
+            old += (path for folder in (out, *ranks) for path in folder.glob(pattern) if path.name != keep)
         folders = [path for path in old if path.is_dir() and not path.is_symlink()]
         if folders:
             raise OutputError(
                 f"{folders[0]}: is a folder, expected a file of a checkpoint", hint="Choose another output folder."
             )
-        require_disk_space(out, needed_bytes - sum(path.lstat().st_size for path in old))
+        # What has another name elsewhere takes its space there.
+        freed = sum(found.st_size for path in old if (found := path.lstat()).st_nlink == 1)
+        require_disk_space(out, needed_bytes - freed)
         for path in old:
             path.unlink()
+        for folder in ranks:
+            with contextlib.suppress(OSError):  # the user has other files there
+                folder.rmdir()
         out.mkdir(parents=True, exist_ok=True)
 
 

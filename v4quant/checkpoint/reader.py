@@ -10,8 +10,7 @@ from typing import Any
 
 from v4quant.checkpoint.audit import Problem, audit_config, audit_index, audit_tensors, stored_name, summarise
 from v4quant.checkpoint.detect import Entries, Parsed, detect_scheme, stored_config
-from v4quant.checkpoint.file_source import FileSource
-from v4quant.checkpoint.files import Files
+from v4quant.checkpoint.files import Files, Source
 from v4quant.checkpoint.header import TensorEntry, read_header
 from v4quant.checkpoint.index import INDEX_NAME, MAX_INDEX_BYTES, Index, parse_index
 from v4quant.config import CONFIG_NAME, MAX_CONFIG_BYTES, V4Config, parse_config_json
@@ -21,7 +20,7 @@ from v4quant.inventory import LogicalTensor, logical_tensors, mtp_copies, releas
 from v4quant.names import TensorName, parse_name
 
 JOURNAL_NAME = "v4quant.journal.jsonl"  # of an unfinished run, see journal.py
-SHARDS_NAME = "v4quant.shards.json"  # of a folder that `v4quant shard` wrote, see tp_record.py
+SHARDS_NAME = "v4quant.shards.json"  # of a folder that `v4quant shard` wrote, and of its ranks, see tp_record.py
 SOURCE_NAME = "v4quant.source.json"  # where the source of a conversion was, see hub/origin.py
 UPLOADS_NAME = "v4quant.uploads.jsonl"  # shards that lie on the Hub and no longer here, see hub/uploads.py
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -36,7 +35,7 @@ class Checkpoint:
     """A checkpoint as its headers describe it.
 
     Attributes:
-        files: the folder, or where else it is read from.
+        files: the folder.
         config_bytes, config_json, config: config.json, as bytes, parsed, and checked.
         tensors: every stored tensor by name.
         parsed: the names among them that are V4 names, taken apart.
@@ -47,7 +46,7 @@ class Checkpoint:
         foreign_files: safetensors files that hold no V4 tensor and are in no index: no part of the checkpoint.
     """
 
-    files: FileSource
+    files: Source
     config_bytes: bytes
     config_json: Mapping[str, Any]
     config: V4Config
@@ -61,7 +60,7 @@ class Checkpoint:
 
     @property
     def where(self) -> str:
-        """The folder, as the user named it, or the repository."""
+        """The folder, as the user named it."""
         return self.files.where
 
     @property
@@ -118,11 +117,11 @@ class Checkpoint:
         return summarise(self.problems, _SHOWN_PROBLEMS)
 
 
-def open_checkpoint(folder: Path | FileSource) -> Checkpoint:
+def open_checkpoint(folder: Path) -> Checkpoint:
     """Read everything about a checkpoint but its data.
 
     Args:
-        folder: a local folder with config.json and *.safetensors, or such files anywhere else.
+        folder: a local folder with config.json and *.safetensors.
 
     Returns:
         The checkpoint; what is wrong with single tensors or files is in its `problems`.
@@ -131,7 +130,30 @@ def open_checkpoint(folder: Path | FileSource) -> Checkpoint:
         CheckpointError: if the folder holds no V4 checkpoint at all, or in a form that v4quant does not know.
         UsageError: if config.json is not that of a supported V4 model.
     """
-    files = Files(folder) if isinstance(folder, Path) else folder
+    return open_source(_source(folder))
+
+
+def _source(folder: Path) -> Source:
+    """A folder's files; of a sharded one those of the checkpoint that it was made from."""
+    files = Files(folder)
+    if SHARDS_NAME not in files:
+        return files
+    # Sharded folders need numpy, which takes longer to import than `inspect` of an ordinary one to run.
+    from v4quant.checkpoint.tp_folder import open_sharded_folder
+    from v4quant.checkpoint.tp_whole import WholeFiles
+
+    return WholeFiles(open_sharded_folder(files))
+
+
+def open_source(files: Source, *, is_part: bool = False) -> Checkpoint:
+    """The same of files that may lie anywhere.
+
+    Args:
+        is_part: they are a part of a checkpoint, as a rank's folder is: only what they say of themselves is checked.
+
+    Raises:
+        CheckpointError, UsageError: as open_checkpoint.
+    """
     weight_files = _weight_files(files)
     config_bytes = _read_small(files, CONFIG_NAME, MAX_CONFIG_BYTES)
     config_json = parse_config_json(config_bytes, f"{files.where}/{CONFIG_NAME}")
@@ -149,12 +171,13 @@ def open_checkpoint(folder: Path | FileSource) -> Checkpoint:
             hint="Download or export these files again.",
         )
     scheme = detect_scheme(headers.tensors, parsed, files.where)
-    problems = [*headers.problems, *audit_config(config, scheme, headers.tensors, parsed)]
-    model = config
-    if len(problems) > len(headers.problems):
-        # A config of another model would make every tensor wrong; compare with the model that is there.
-        model = stored_config(config_json, headers.tensors, parsed) or config
-    problems += audit_tensors(model, scheme, headers.tensors, parsed)
+    problems, model = list(headers.problems), config
+    if not is_part:
+        problems += audit_config(config, scheme, headers.tensors, parsed)
+        if len(problems) > len(headers.problems):
+            # A config of another model would make every tensor wrong; compare with the model that is there.
+            model = stored_config(config_json, headers.tensors, parsed) or config
+        problems += audit_tensors(model, scheme, headers.tensors, parsed)
     if index is not None:
         problems += audit_index(index, headers.tensors, set(headers.sha256))
     return Checkpoint(
@@ -180,7 +203,7 @@ class _Headers:
         self.sha256: dict[str, str] = {}
         self.problems: list[Problem] = []
 
-    def read(self, files: FileSource, name: str) -> None:
+    def read(self, files: Source, name: str) -> None:
         """Add one file; one that cannot be read becomes a problem."""
         try:
             text, entries = read_header(name, files.size(name), lambda start, stop: files.read(name, start, stop))
@@ -196,7 +219,7 @@ class _Headers:
             if first is not entry:
                 self.problems.append(Problem(entry.name, f"is stored twice, in {first.file} and in {name}"))
 
-    def read_index(self, files: FileSource) -> Index | None:
+    def read_index(self, files: Source) -> Index | None:
         """The index; None where there is none or it cannot be read."""
         if INDEX_NAME not in files:
             if len(self.sha256) > 1:
@@ -230,7 +253,7 @@ class _Headers:
         return foreign
 
 
-def _weight_files(files: FileSource) -> list[str]:
+def _weight_files(files: Source) -> list[str]:
     """The safetensors files of the folder itself.
 
     Raises:
@@ -242,9 +265,8 @@ def _weight_files(files: FileSource) -> list[str]:
     if parallel:
         raise CheckpointError(
             f"{files.where}: holds tensor-parallel shards ({parallel[0]}), expected whole tensors and config.json",
-            hint=f"Make one checkpoint of them with: v4quant merge {files.where} OUT"
-            if SHARDS_NAME in files
-            else "Give the checkpoint that these were sharded from; v4quant merge takes what v4quant shard wrote.",
+            hint="Give the checkpoint that these were sharded from; of what v4quant shard wrote, "
+            f"{SHARDS_NAME} is missing.",
         )
     if JOURNAL_NAME in files and (not found or CONFIG_NAME not in files):
         raise CheckpointError(
@@ -266,7 +288,7 @@ def _weight_files(files: FileSource) -> list[str]:
     )
 
 
-def _read_small(files: FileSource, name: str, most: int) -> bytes:
+def _read_small(files: Source, name: str, most: int) -> bytes:
     """Read a file whole that must be there and small.
 
     Raises:

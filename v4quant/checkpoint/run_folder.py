@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from v4quant.checkpoint.journal import Journal, JournalHeader, lock_journal
-from v4quant.checkpoint.output import PARTIAL_SUFFIX, disk_errors, make_room, require_free
+from v4quant.checkpoint.output import PARTIAL_SUFFIX, RANK_FOLDERS, disk_errors, make_room, require_free
 from v4quant.checkpoint.reader import JOURNAL_NAME
 from v4quant.errors import OutputError
 
@@ -42,7 +42,7 @@ def open_run(
     journal = lock_journal(out)
     try:
         found = journal.header()
-        if found == header or (found is not None and not overwrite):
+        if found is not None and (not overwrite or header.is_same_run(found)):
             journal.resume(header)
             resume(journal)
         else:
@@ -61,8 +61,9 @@ def open_run(
 def forget(journal: Journal, out: Path) -> None:
     """Nothing is worth continuing, so nothing is left behind."""
     journal.remove()
-    with contextlib.suppress(OSError):
-        out.rmdir()
+    for folder in (*out.glob(RANK_FOLDERS), out):
+        with contextlib.suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 def holds_work(out: Path) -> bool:
@@ -92,6 +93,7 @@ def is_there(path: Path, file_bytes: int) -> bool:
 
 def remove_partial_files(out: Path) -> None:
     """Remove what this run, or one that was killed, left unfinished."""
-    for left_over in out.glob(f"*{PARTIAL_SUFFIX}"):
-        with contextlib.suppress(OSError):
-            left_over.unlink()
+    for pattern in (f"*{PARTIAL_SUFFIX}", f"{RANK_FOLDERS}/*{PARTIAL_SUFFIX}"):
+        for left_over in out.glob(pattern):
+            with contextlib.suppress(OSError):
+                left_over.unlink()

@@ -1,34 +1,41 @@
-"""`shard`: a checkpoint into tensor-parallel files for DeepSeek's inference code, with nothing lost.
+"""`shard`: a checkpoint into what each rank of a grid holds, with nothing lost.
 
-Every source file is read once, from front to back by one thread, hashed, and written into all rank files at offsets
-known beforehand. So the rank files grow together: they keep their partial names until every source file is done, and a
-run that was killed goes on with them. v4quant.shards.json comes last.
+Every source file is read once, from front to back by one thread, hashed, and written into the files of all ranks at
+offsets known beforehand (tp_outputs.py); a run that was killed goes on with what is there. v4quant.shards.json comes
+last. The source may be a sharded folder itself (tp_whole.py): so any split becomes any other.
 """
 
 import hashlib
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import v4quant
+from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.journal import Journal, JournalHeader
-from v4quant.checkpoint.output import PARTIAL_SUFFIX, ShardFile, disk_errors, require_disk_space, write_file
-from v4quant.checkpoint.plan import BASE_MEMORY_BYTES, CHUNK_BYTES, DEFAULT_WORKERS
+from v4quant.checkpoint.layout import Packing
+from v4quant.checkpoint.output import require_disk_space, write_file
+from v4quant.checkpoint.plan import BASE_MEMORY_BYTES, CHUNK_BYTES, DEFAULT_MAX_SHARD_BYTES, DEFAULT_WORKERS
 from v4quant.checkpoint.reader import SHARDS_NAME, Checkpoint
 from v4quant.checkpoint.run_folder import forget, is_there, open_run, remove_partial_files, require_apart
 from v4quant.checkpoint.side_files import kept_files, require_side_files_fit, side_files, write_side_files
 from v4quant.checkpoint.stream import Worker
-from v4quant.checkpoint.tp_layout import FILE_PREFIX, HEADER_PREFIX, SourceFile, TpLayout, lay_out_ranks
+from v4quant.checkpoint.tp_certificates import write_rank_certificates
+from v4quant.checkpoint.tp_files import FILE_PREFIX, HEADER_PREFIX, Run, rank_folder
+from v4quant.checkpoint.tp_hashes import FileHash, ShareRecord, TensorHashes
+from v4quant.checkpoint.tp_layout import ShardedLayout, SourceFile, lay_out_ranks
+from v4quant.checkpoint.tp_outputs import Outputs, files_of, partial_path
+from v4quant.checkpoint.tp_rank_folder import files_beside
 from v4quant.checkpoint.tp_record import FileRecord, ShardsRecord
-from v4quant.checkpoint.tp_rules import MOST_RANKS_LISTED, obstacles, working_ranks
+from v4quant.checkpoint.tp_rules import MOST_RANKS_LISTED, Layout, obstacles, working_shares
 from v4quant.checkpoint.tp_stream import piece_memory_bytes, scatter
 from v4quant.checkpoint.units import Advance, work_through
+from v4quant.config import CONFIG_NAME
 from v4quant.encodings import BF16, FP4
-from v4quant.errors import InterruptedRunError, UsageError
+from v4quant.errors import CheckFailedError, InterruptedRunError, UsageError
 from v4quant.formats import FORMATS
 
 # What of each weight file tells two checkpoints of the same shapes apart, at its data's beginning and end.
@@ -44,16 +51,17 @@ class ShardPlan:
     Attributes:
         source: the checkpoint.
         layout: every output file and where each tensor goes.
-        fp8_experts: FP4 experts become FP8.
-        run: hash over headers, a sample of the data and the options; stands in every output file.
         side_files: what is copied beside the ranks under its own name, for the code that loads them.
     """
 
     source: Checkpoint
-    layout: TpLayout
-    fp8_experts: bool
-    run: str
+    layout: ShardedLayout
     side_files: list[str]
+
+    @property
+    def run(self) -> Run:
+        """Grid, layout and options."""
+        return self.layout.run
 
     @property
     def tensors(self) -> int:
@@ -74,7 +82,17 @@ class ShardPlan:
     def disk_bytes(self) -> int:
         """Bytes of all output files."""
         side = sum(self.source.files.size(name) for name in self.side_files)
-        return self.layout.file_bytes + side + 4096 + 256 * (len(self.layout.placements) + len(self.kept))
+        record = 4096 + 256 * (len(self.layout.placements) + len(self.kept))
+        return self.layout.file_bytes + side + record + self._beside_bytes
+
+    @property
+    def _beside_bytes(self) -> int:
+        """Upper estimate of what lies in ranks' folders beside the weights, certificates at 400 bytes a tensor."""
+        if self.run.layout is Layout.DEEPSEEK:
+            return 0
+        config = len(self.source.config_bytes) * self.run.grid.ranks
+        certificates = 400 * sum(len(file.entries) for file in self.layout.files)
+        return sum(map(len, files_beside(self.layout).values())) + config + certificates
 
     @cached_property
     def kept(self) -> list[str]:
@@ -96,7 +114,7 @@ class ShardPlan:
     def digest(self) -> str:
         """Identity of this plan."""
         headers = [[file.name, hashlib.sha256(file.header).hexdigest()] for file in self.layout.files]
-        parts = {"version": v4quant.__version__, "run": self.run, "headers": headers, "side_files": self.side_files}
+        parts = {"version": v4quant.__version__, "run": self.run.id, "headers": headers, "side_files": self.side_files}
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -113,43 +131,57 @@ class ShardReport:
     resumed_files: int
 
 
-def plan_shard(source: Checkpoint, ranks: int, *, fp8_experts: bool = False) -> ShardPlan:
+def plan_shard(
+    source: Checkpoint,
+    grid: Grid,
+    layout: Layout = Layout.DEEPSEEK,
+    *,
+    fp8_experts: bool = False,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    packing: Packing = Packing.LAYER,
+) -> ShardPlan:
     """Plan the sharding of a sound checkpoint.
 
     Args:
         source: the checkpoint.
-        ranks: N of model{i}-mp{N}.safetensors.
-        fp8_experts: cast FP4 experts to FP8.
+        grid: the ranks.
+        layout: how they lie on disk.
+        fp8_experts: cast FP4 experts to FP8; in DeepSeek's layout alone.
+        max_shard_bytes: payload limit of a file in ranks' folders.
+        packing: how tensors are packed into files in ranks' folders.
 
     Raises:
         CheckpointError: if the source has problems.
-        UsageError: if this number of ranks does not work, or the experts cannot become FP8.
+        UsageError: if this grid does not work, or the experts cannot become FP8.
     """
     source.require_sound()
     require_side_files_fit(source)
-    _require_ranks(source, ranks)
+    _require_works(source, grid, layout)
     if fp8_experts and source.scheme.expert == BF16:
         raise UsageError(
             f"{source.where}: --experts fp8 is for FP4 experts, found BF16",
             hint=f"Convert it first: v4quant convert {source.where} OUT --to fp8",
         )
     fp8_experts = fp8_experts and source.scheme.expert == FP4
-    run = _run(source, ranks, fp8_experts=fp8_experts)
+    limit = max_shard_bytes if layout is Layout.RANKS else 0
+    run = Run(grid, layout, _sample(source), fp8_experts, limit, packing)
     kept = {name: source.files.size(name) for name in kept_files(source)}
-    layout = lay_out_ranks(_source_files(source), kept, ranks, fp8_experts=fp8_experts, run=run)
-    return ShardPlan(source, layout, fp8_experts, run, side_files(source))
+    return ShardPlan(source, lay_out_ranks(_source_files(source), kept, run), side_files(source))
 
 
-def _require_ranks(source: Checkpoint, ranks: int) -> None:
-    found = obstacles(source, ranks)
-    if found:
-        others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        working = ", ".join(map(str, working_ranks(source)))
-        raise UsageError(
-            f"{source.where}: --tp {ranks} does not work: {found[0]}{others}",
-            hint=f"These work, up to {MOST_RANKS_LISTED}: {working}. See why with: "
-            f"v4quant shard {source.where} OUT --explain",
-        )
+def _require_works(source: Checkpoint, grid: Grid, layout: Layout) -> None:
+    found = obstacles(source, grid, layout)
+    if not found:
+        return
+    others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    asked = f"--tp {grid.tp}" if layout is Layout.DEEPSEEK else str(grid)
+    rest = "" if layout is Layout.DEEPSEEK else f" --ep {grid.ep} --pp {grid.pp}"
+    working = ", ".join(map(str, working_shares(source, grid, layout))) or "none"
+    raise UsageError(
+        f"{source.where}: {asked} does not work: {found[0]}{others}",
+        hint=f"These work{rest and f' as --tp with{rest}'}, up to {MOST_RANKS_LISTED}: {working}. See why with: "
+        f"v4quant shard {source.where} OUT{rest} --explain",
+    )
 
 
 def _source_files(source: Checkpoint) -> list[SourceFile]:
@@ -165,9 +197,9 @@ def _source_files(source: Checkpoint) -> list[SourceFile]:
     ]
 
 
-def _run(source: Checkpoint, ranks: int, *, fp8_experts: bool) -> str:
-    """What tells this run's files from those of another: headers, the ends of each file's data, and the options."""
-    digest = hashlib.sha256(f"{source.source_id()}\0{ranks}\0{fp8_experts}".encode())
+def _sample(source: Checkpoint) -> str:
+    """What tells this checkpoint from others of the same shapes: headers, and the ends of each file's data."""
+    digest = hashlib.sha256(source.source_id().encode())
     for name in sorted(source.header_sha256):
         size = source.files.size(name)
         for start in (0, size - _SAMPLE_BYTES):
@@ -192,7 +224,7 @@ def apply_shard(
         progress: told the source bytes that need not be read again; gives what is told bytes and file from then on.
 
     Raises:
-        CheckFailedError: if an expert's values would change as FP8.
+        CheckFailedError: if an expert's values would change as FP8, or a sharded source does not hold what it says.
         CheckpointError: if a weight that is recoded is not finite, or the source changed or cannot be read.
         OutputError: if out is in use or not free, or the disk is full or refuses.
         InterruptedRunError: at Ctrl-C; what is finished is kept.
@@ -220,17 +252,16 @@ def apply_shard(
     return report
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + PARTIAL_SUFFIX)
-
-
 def _resume(plan: ShardPlan, out: Path, journal: Journal) -> None:
-    """Go on with an earlier run's files; if one of them is gone or cut, nothing that went into it is finished."""
-    sizes = {out / file.name: file.file_bytes for file in plan.layout.files}
-    whole = {path for path, size in sizes.items() if is_there(path, size) or is_there(_partial(path), size)}
-    if whole != sizes.keys():
-        journal.finished = set()
-    require_disk_space(out, plan.disk_bytes - sum(sizes[path] for path in whole))
+    """Go on with an earlier run's files; if one of them is gone or cut, what went into it is not finished."""
+    sizes = {file.name: file.file_bytes for file in plan.layout.files}
+    whole = {
+        name for name, size in sizes.items() if is_there(out / name, size) or is_there(partial_path(out / name), size)
+    }
+    journal.finished = {
+        source for source, files in files_of(plan.layout).items() if source in journal.finished and files <= whole
+    }
+    require_disk_space(out, plan.disk_bytes - sum(sizes[name] for name in whole))
 
 
 def _write_ranks(
@@ -241,66 +272,95 @@ def _write_ranks(
     todo = [name for name in places if name not in journal.finished]
     left = sum(place.source.bytes for name in todo for place in places[name])
     advance = progress(plan.bytes_read - left) if progress else None
-    with ExitStack() as stack:
-        outputs: dict[str, ShardFile] = {}
-        for file in plan.layout.files:
-            path = out / file.name
-            if journal.finished and is_there(path, file.file_bytes):
-                if not todo:
-                    continue  # an earlier run was killed while it gave the files their names
-                with disk_errors(path):
-                    path.replace(_partial(path))  # the same, and its journal has lost its end
-            outputs[file.name] = ShardFile(path, file.header, file.file_bytes, again=bool(journal.finished))
-            stack.callback(outputs[file.name].leave)
+    outputs = Outputs(out, plan.layout, journal.finished)
 
-        def work(name: str, worker: Worker) -> FileRecord:
-            return _scatter_file(plan, name, outputs, worker)
+    def work(name: str, worker: Worker) -> list[FileRecord | ShareRecord]:
+        return _scatter_file(plan, name, outputs, worker)
 
-        def finish(name: str, record: FileRecord) -> None:
-            for output in outputs.values():
-                output.sync()
-            journal.append(name, [record])
+    def finish(name: str, records: list[FileRecord | ShareRecord]) -> None:
+        outputs.sync(name)
+        journal.append(name, records)
+        outputs.finish(name)
 
+    try:
         work_through(todo, work, finish, workers=workers, advance=advance)
-        _write_kept(plan, outputs)
-        for output in outputs.values():
-            output.finish()
+        if todo or not outputs.is_named(plan.layout.extra.name):
+            _write_kept(plan, outputs)
+        outputs.finish_all()
+    finally:
+        outputs.leave()
 
 
-def _scatter_file(plan: ShardPlan, name: str, outputs: dict[str, ShardFile], worker: Worker) -> FileRecord:
+def _scatter_file(plan: ShardPlan, name: str, outputs: Outputs, worker: Worker) -> list[FileRecord | ShareRecord]:
     """Read a source file from front to back: its header into the extra file, its tensors to where they belong."""
-    files, digest = plan.source.files, hashlib.sha256()
+    files = plan.source.files
+    hashes = FileHash() if plan.run.layout is Layout.DEEPSEEK else TensorHashes()
     kept = plan.layout.extra.entries[HEADER_PREFIX + name]
     header = files.read(name, 0, kept.bytes)
-    digest.update(header)
+    hashes.file.update(header)
     outputs[kept.file].write(header, kept.start)
-    rounded = sum(scatter(files, place, outputs, worker, digest) > 0 for place in plan.layout.placements[name])
+    rounded, shares = 0, list[ShareRecord]()
+    for place in plan.layout.placements[name]:
+        if isinstance(hashes, TensorHashes):
+            hashes.begin()
+        rounded += scatter(files, place, outputs, worker, hashes) > 0
+        if isinstance(hashes, TensorHashes):
+            shares += hashes.records(place)
     files.require_unchanged(name)
-    return FileRecord(name, files.size(name), digest.hexdigest(), rounded)
+    digest = hashes.file.hexdigest()
+    _require_noted(plan.source, name, digest)
+    return [FileRecord(name, files.size(name), digest, rounded), *shares]
 
 
-def _write_kept(plan: ShardPlan, outputs: dict[str, ShardFile]) -> None:
+def _require_noted(source: Checkpoint, name: str, digest: str) -> None:
+    """Check the hash of a file that a sharded source promised.
+
+    Raises:
+        CheckFailedError: if it is another.
+    """
+    noted = source.files.noted_sha256(name)
+    if noted not in (None, digest):
+        raise CheckFailedError(
+            f"{name}: comes out of {source.where} with sha256 {digest[:16]}..., expected {noted[:16]}... as "
+            f"{SHARDS_NAME} says of the original",
+            hint="A rank file or the extra file was damaged; copy it again, or shard the checkpoint again.",
+        )
+
+
+def _write_kept(plan: ShardPlan, outputs: Outputs) -> None:
     """The files without weights, into the extra file; they are small, and written anew by each run."""
     for name in plan.kept:
         entry = plan.layout.extra.entries[FILE_PREFIX + name]
-        if entry.file not in outputs:
-            return
         for start in range(0, entry.bytes, CHUNK_BYTES):
             data = plan.source.files.read(name, start, min(start + CHUNK_BYTES, entry.bytes))
             outputs[entry.file].write(data, entry.start + start)
 
 
 def _complete(plan: ShardPlan, out: Path, journal: Journal, resumed: int) -> ShardReport:
-    """Copy the side files, write v4quant.shards.json, and forget the journal."""
-    after = FORMATS["fp8" if plan.fp8_experts else plan.source.scheme.name]
+    """Copy the side files, write what lies beside the ranks' weights and v4quant.shards.json; forget the journal."""
+    after = FORMATS["fp8" if plan.run.fp8_experts else plan.source.scheme.name]
     write_side_files(plan.source, None, after, plan.side_files, out)
-    weights = {r.file: r for r in (FileRecord.from_json(line, str(journal.path)) for line in journal.objects())}
+    if plan.run.layout is Layout.RANKS:
+        _write_beside(plan, out, journal)
+    lines = (line for line in journal.objects() if isinstance(line, dict) and "file" in line)
+    weights = {r.file: r for r in (FileRecord.from_json(line, str(journal.path)) for line in lines)}
     kept = {name: _hashed(plan.source, name) for name in plan.kept}
-    record = ShardsRecord(plan.run, plan.layout.ranks, plan.fp8_experts, weights, kept)
+    for name, file in kept.items():
+        _require_noted(plan.source, name, file.sha256)
+    record = ShardsRecord(plan.run, weights, kept)
     remove_partial_files(out)
     write_file(out / SHARDS_NAME, [record.to_bytes(v4quant.__version__)])
     journal.remove()
     return ShardReport(sum(r.rounded for r in weights.values()), resumed)
+
+
+def _write_beside(plan: ShardPlan, out: Path, journal: Journal) -> None:
+    """Certificate, index, config and v4quant.shards.json of every rank."""
+    write_rank_certificates(plan.source, plan.layout, journal, out)
+    for name, data in files_beside(plan.layout).items():
+        write_file(out / name, [data])
+    for rank in range(plan.run.grid.ranks):
+        write_file(out / rank_folder(rank) / CONFIG_NAME, [plan.source.config_bytes])
 
 
 def _hashed(source: Checkpoint, name: str) -> FileRecord:

@@ -14,18 +14,22 @@ from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.header import LENGTH_BYTES, TensorEntry, read_header
 from v4quant.checkpoint.layout import Shard
 from v4quant.checkpoint.reader import JOURNAL_NAME, SHARDS_NAME, TENSOR_PARALLEL_FILE
-from v4quant.checkpoint.tp_layout import (
+from v4quant.checkpoint.tp_files import (
     EXTRA_NAME,
+    FILE_PREFIX,
     HEADER_PREFIX,
     RANK_KEY,
     RANKS_KEY,
     RUN_KEY,
-    SourceFile,
-    TpLayout,
-    lay_out_ranks,
+    Run,
     rank_file,
+    rank_folder,
 )
+from v4quant.checkpoint.tp_layout import ShardedLayout, SourceFile, lay_out_ranks
+from v4quant.checkpoint.tp_rank_folder import files_beside
 from v4quant.checkpoint.tp_record import ShardsRecord, read_record
+from v4quant.checkpoint.tp_rules import Layout
+from v4quant.config import CONFIG_NAME
 from v4quant.errors import CheckpointError
 
 _HINT_AGAIN = "Copy the file again from where it was written, or shard the checkpoint again."
@@ -33,8 +37,8 @@ _HINT_ONE_RUN = "Put the files of one run of v4quant shard into one folder, unde
 
 
 @dataclass(frozen=True)
-class TpFolder:
-    """A folder of tensor-parallel files, as its headers describe it.
+class ShardedFolder:
+    """A sharded checkpoint, as its headers describe it.
 
     Attributes:
         files: the folder.
@@ -44,7 +48,7 @@ class TpFolder:
 
     files: Files
     record: ShardsRecord
-    layout: TpLayout
+    layout: ShardedLayout
 
     @property
     def where(self) -> str:
@@ -52,25 +56,37 @@ class TpFolder:
         return self.files.where
 
 
-def open_tp_folder(folder: Path) -> TpFolder:
+def open_sharded_folder(files: Files) -> ShardedFolder:
     """Read everything about a sharded checkpoint but its data.
+
+    Args:
+        files: the folder.
 
     Raises:
         CheckpointError: if the folder is none that `shard` wrote, or a file is missing, damaged or of another run.
     """
-    files = Files(folder)
     _require_record(files)
     record = read_record(files)
-    _require_ranks(files, record)
+    if EXTRA_NAME not in files:
+        _require_no_others(files, record, {name for name in files.names() if RANK_KEY in _mark(files, name)})
+        raise _missing(files, [EXTRA_NAME], record)
     sources = _source_files(files, record)
     kept = {name: file.bytes for name, file in record.files.items()}
     try:
-        layout = lay_out_ranks(sources, kept, record.ranks, fp8_experts=record.fp8_experts, run=record.run)
+        layout = lay_out_ranks(sources, kept, record.run)
     except CheckpointError as error:
         raise CheckpointError(f"{files.where}/{EXTRA_NAME}: kept headers: {error}", hint=_HINT_AGAIN) from error
+    _require_ranks(files, record, layout)
     for expected in layout.files:
-        _require_as_expected(files, expected, record)
-    return TpFolder(files, record, layout)
+        _require_as_expected(files, expected, layout)
+    if layout.run.layout is Layout.RANKS:
+        _require_beside(files, record, layout)
+    return ShardedFolder(files, record, layout)
+
+
+def open_sharded(folder: Path) -> ShardedFolder:
+    """The same of a local folder."""
+    return open_sharded_folder(Files(folder))
 
 
 def _require_record(files: Files) -> None:
@@ -78,7 +94,7 @@ def _require_record(files: Files) -> None:
         return
     if JOURNAL_NAME in files:
         raise CheckpointError(
-            f"{files.where}: is an unfinished run, expected a whole set of tensor-parallel files",
+            f"{files.where}: is an unfinished run, expected a whole sharded checkpoint",
             hint="Run the v4quant command that began it again; it continues where it stopped.",
         )
     raise CheckpointError(
@@ -87,33 +103,66 @@ def _require_record(files: Files) -> None:
     )
 
 
-def _require_ranks(files: Files, record: ShardsRecord) -> None:
-    """Every rank must be there once, and nothing that takes itself for one besides."""
-    expected = [*(rank_file(rank, record.ranks) for rank in range(record.ranks)), EXTRA_NAME]
-    top = [name for name in files.names() if "/" not in name and name.endswith(".safetensors")]
-    for name in top:
-        if name in expected:
+def _require_ranks(files: Files, record: ShardsRecord, layout: ShardedLayout) -> None:
+    """Every file must be there, and nothing that takes itself for one of them besides."""
+    _require_no_others(files, record, {file.name for file in layout.files})
+    if missing := [file.name for file in layout.files if file.name not in files]:
+        raise _missing(files, missing, record)
+
+
+def _require_no_others(files: Files, record: ShardsRecord, expected: set[str]) -> None:
+    """Refuse files that say that they are part of a sharded checkpoint, and are not expected."""
+    last = record.run.grid.ranks - 1
+    if record.run.layout is Layout.DEEPSEEK:
+        ours = f"{rank_file(0, last + 1)} to {rank_file(last, last + 1)}"
+    else:
+        ours = f"{rank_folder(0)} to {rank_folder(last)}"
+    for name in files.names():
+        if name in expected or not name.endswith(".safetensors") or not _may_be_ours(name):
             continue
         mark = _mark(files, name)
         if RUN_KEY in mark:
             rank = f"rank {mark[RANK_KEY]} of {mark.get(RANKS_KEY, '?')}" if RANK_KEY in mark else "the extra file"
             raise CheckpointError(
-                f"{files.where}/{name}: holds {rank}, expected {expected[0]} to {expected[-2]} and {EXTRA_NAME} alone: "
-                "it was renamed, doubled, or is of another run",
+                f"{files.where}/{name}: holds {rank}, expected {ours} and {EXTRA_NAME} alone: it was renamed, doubled, "
+                "or is of another run",
                 hint=_HINT_ONE_RUN,
             )
         if TENSOR_PARALLEL_FILE.fullmatch(name):
             raise CheckpointError(
-                f"{files.where}/{name}: is none of {expected[0]} to {expected[-2]}, which {SHARDS_NAME} tells of",
-                hint=_HINT_ONE_RUN,
+                f"{files.where}/{name}: is none of {ours}, which {SHARDS_NAME} tells of", hint=_HINT_ONE_RUN
             )
-    missing = [name for name in expected if name not in top]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"{files.where}/{missing[0]}{more}: is missing, expected {record.ranks} rank files and {EXTRA_NAME}",
-            hint=_HINT_AGAIN,
-        )
+
+
+def _may_be_ours(name: str) -> bool:
+    """True for files of the folder itself, and of folders in it: whatever a rank's folder was renamed to."""
+    return name.count("/") <= 1
+
+
+def _missing(files: Files, missing: list[str], record: ShardsRecord) -> CheckpointError:
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    what = "rank files" if record.run.layout is Layout.DEEPSEEK else "folders of ranks"
+    return CheckpointError(
+        f"{files.where}/{missing[0]}{more}: is missing, expected {record.run.grid.ranks} {what} and {EXTRA_NAME}",
+        hint=_HINT_AGAIN,
+    )
+
+
+def _require_beside(files: Files, record: ShardsRecord, layout: ShardedLayout) -> None:
+    """Check what lies in ranks' folders beside the weights."""
+    config = files.read(EXTRA_NAME, *_range_of_config(layout))
+    expected = files_beside(layout)
+    expected |= {f"{name.partition('/')[0]}/{CONFIG_NAME}": config for name in expected}
+    if missing := [name for name in expected if name not in files]:
+        raise _missing(files, missing, record)
+    for name, data in expected.items():
+        if files.size(name) != len(data) or files.read(name) != data:
+            raise CheckpointError(f"{files.where}/{name}: is not the one that v4quant shard wrote", hint=_HINT_AGAIN)
+
+
+def _range_of_config(layout: ShardedLayout) -> tuple[int, int]:
+    entry = layout.extra.entries[FILE_PREFIX + CONFIG_NAME]
+    return entry.start, entry.stop
 
 
 def _mark(files: Files, name: str) -> Mapping[str, str]:
@@ -129,7 +178,7 @@ def _header(files: Files, name: str) -> tuple[bytes, dict[str, TensorEntry]]:
     return read_header(name, files.size(name), lambda start, stop: files.read(name, start, stop))
 
 
-def _require_as_expected(files: Files, expected: Shard, record: ShardsRecord) -> None:
+def _require_as_expected(files: Files, expected: Shard, layout: ShardedLayout) -> None:
     """Check a file's size and header byte for byte, and say what it is where it is another one."""
     name, where = expected.name, f"{files.where}/{expected.name}"
     size = files.size(name)
@@ -143,23 +192,29 @@ def _require_as_expected(files: Files, expected: Shard, record: ShardsRecord) ->
         _header(files, name)
     except CheckpointError as error:
         raise CheckpointError(f"{files.where}/{error}", hint=_HINT_AGAIN) from error
-    _require_same_run(where, name, _mark(files, name), record)
+    mark = _mark(files, name)
+    _require_same_run(where, mark, layout.run)
+    _require_same_rank(where, name, mark, layout)
     raise CheckpointError(f"{where}: its header is not the one that v4quant shard wrote", hint=_HINT_AGAIN)
 
 
-def _require_same_run(where: str, name: str, mark: Mapping[str, str], record: ShardsRecord) -> None:
-    """Check whose file it is by its own word."""
+def _require_same_run(where: str, mark: Mapping[str, str], run: Run) -> None:
+    """Check of which run a file is, by its own word."""
     if RUN_KEY not in mark:
         raise CheckpointError(f"{where}: was not written by v4quant shard", hint=_HINT_ONE_RUN)
     ranks = mark.get(RANKS_KEY, "?")
-    if ranks != str(record.ranks):
-        raise CheckpointError(f"{where}: is of a set of {ranks} ranks, expected {record.ranks}", hint=_HINT_ONE_RUN)
-    if mark[RUN_KEY] != record.run:
+    if ranks != str(run.grid.ranks):
+        raise CheckpointError(f"{where}: is of a set of {ranks} ranks, expected {run.grid.ranks}", hint=_HINT_ONE_RUN)
+    if mark[RUN_KEY] != run.id:
         raise CheckpointError(
             f"{where}: is of another run (another checkpoint, or other options) than {SHARDS_NAME}", hint=_HINT_ONE_RUN
         )
-    for rank in range(record.ranks):
-        if name == rank_file(rank, record.ranks) and mark.get(RANK_KEY) != str(rank):
+
+
+def _require_same_rank(where: str, name: str, mark: Mapping[str, str], layout: ShardedLayout) -> None:
+    """Check of which rank a file is, by its own word."""
+    for rank, files in enumerate(layout.ranks):
+        if any(file.name == name for file in files) and mark.get(RANK_KEY) != str(rank):
             raise CheckpointError(
                 f"{where}: holds rank {mark.get(RANK_KEY, '?')}, expected rank {rank}: it was renamed or doubled",
                 hint=_HINT_ONE_RUN,
@@ -172,7 +227,7 @@ def _source_files(files: Files, record: ShardsRecord) -> list[SourceFile]:
         _, extra = _header(files, EXTRA_NAME)
     except CheckpointError as error:
         raise CheckpointError(f"{files.where}/{error}", hint=_HINT_AGAIN) from error
-    _require_same_run(f"{files.where}/{EXTRA_NAME}", EXTRA_NAME, _mark(files, EXTRA_NAME), record)
+    _require_same_run(f"{files.where}/{EXTRA_NAME}", _mark(files, EXTRA_NAME), record.run)
     found = []
     for name, file in record.weights.items():
         entry = extra.get(HEADER_PREFIX + name)

@@ -1,4 +1,4 @@
-"""`v4quant.shards.json`: what a folder of tensor-parallel files was made from, and the hash of every file of that.
+"""`v4quant.shards.json`: what a sharded folder was made from, how, and the hash of every file of the checkpoint.
 
 Written last by `shard`, so a folder that has it is whole. `merge` gives back exactly the files that it lists. It holds
 no time and no path: the same checkpoint gives the same file on every machine. Read as hostile input.
@@ -12,13 +12,16 @@ from typing import Any
 
 from v4quant import strict_json
 from v4quant.checkpoint.files import MAX_FILES, Files
+from v4quant.checkpoint.grid import MAX_RANKS, Grid
 from v4quant.checkpoint.index import INDEX_NAME
+from v4quant.checkpoint.layout import Packing
 from v4quant.checkpoint.reader import SHARDS_NAME
+from v4quant.checkpoint.tp_files import Run
+from v4quant.checkpoint.tp_rules import Layout
 from v4quant.config import CONFIG_NAME
 from v4quant.errors import CheckpointError
 
-RECORD_VERSION = 1
-MAX_RANKS = 1024
+RECORD_VERSION = 2
 # A release has about a hundred files, each of them two lines.
 _MAX_RECORD_BYTES = 64 * 2**20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -64,26 +67,29 @@ class ShardsRecord:
     """What v4quant.shards.json says.
 
     Attributes:
-        run: stands in the metadata of every file of this run.
-        ranks: how many.
-        fp8_experts: FP4 experts were cast to FP8.
+        run: grid, layout and options.
         weights, files: size and hash of the checkpoint's weight files, and of its files without weights.
     """
 
-    run: str
-    ranks: int
-    fp8_experts: bool
+    run: Run
     weights: Mapping[str, FileRecord]
     files: Mapping[str, FileRecord]
 
     def to_bytes(self, tool_version: str) -> bytes:
         """The file."""
+        run = self.run
         told = {
             "shards": RECORD_VERSION,
             "tool_version": tool_version,
-            "run": self.run,
-            "ranks": self.ranks,
-            "fp8_experts": self.fp8_experts,
+            "layout": run.layout,
+            "tp": run.grid.tp,
+            "ep": run.grid.ep,
+            "pp": run.grid.pp,
+            "fp8_experts": run.fp8_experts,
+            "max_shard_bytes": run.max_shard_bytes,
+            "packing": run.packing,
+            "source": run.source,
+            "run": run.id,
             "weights": _sizes_and_hashes(self.weights),
             "files": _sizes_and_hashes(self.files),
         }
@@ -107,21 +113,52 @@ def read_record(files: Files) -> ShardsRecord:
         told = strict_json.parse(files.read(SHARDS_NAME))
     except ValueError as error:
         raise CheckpointError(f"{where}: not valid JSON: {error}", hint=_HINT) from None
+    if isinstance(told, dict) and "rank" in told:
+        raise CheckpointError(
+            f"{files.where}: is the folder of one rank, expected the folder that holds all of them",
+            hint="Give the folder above it; this one alone is checked by: v4quant verify",
+        )
     if not isinstance(told, dict) or told.get("shards") != RECORD_VERSION:
         raise CheckpointError(
             f"{where}: is no record of version {RECORD_VERSION}", hint="Shard again with this version of v4quant."
         )
-    run, ranks, fp8_experts = told.get("run"), told.get("ranks"), told.get("fp8_experts")
-    if not isinstance(run, str) or not _DIGEST.fullmatch(run):
-        raise CheckpointError(f"{where}: run is no hash", hint=_HINT)
-    if type(ranks) is not int or not 1 <= ranks <= MAX_RANKS:
-        raise CheckpointError(f"{where}: ranks is no number from 1 to {MAX_RANKS:,}", hint=_HINT)
-    if not isinstance(fp8_experts, bool):
-        raise CheckpointError(f"{where}: fp8_experts is neither true nor false", hint=_HINT)
+    run = _run(told, where)
     weights = _records(told.get("weights"), f"{where}: weights")
     others = _records(told.get("files"), f"{where}: files")
     _require_sound_names(where, weights, others)
-    return ShardsRecord(run, ranks, fp8_experts, weights, others)
+    return ShardsRecord(run, weights, others)
+
+
+def _run(told: Mapping[str, Any], where: str) -> Run:
+    layout, source, fp8_experts = told.get("layout"), told.get("source"), told.get("fp8_experts")
+    if layout not in tuple(Layout):
+        raise CheckpointError(f"{where}: layout is none of {', '.join(Layout)}", hint=_HINT)
+    if not isinstance(source, str) or not _DIGEST.fullmatch(source):
+        raise CheckpointError(f"{where}: source is no hash", hint=_HINT)
+    if not isinstance(fp8_experts, bool):
+        raise CheckpointError(f"{where}: fp8_experts is neither true nor false", hint=_HINT)
+    tp, ep, pp = (_count(told.get(key), f"{where}: {key}", MAX_RANKS) for key in ("tp", "ep", "pp"))
+    size = told.get("max_shard_bytes")
+    if type(size) is not int or not 0 <= size < 2**63:
+        raise CheckpointError(f"{where}: max_shard_bytes is no number of bytes", hint=_HINT)
+    grid = Grid(tp, ep, pp)
+    if layout == Layout.DEEPSEEK and (ep, pp) != (1, 1):
+        raise CheckpointError(f"{where}: layout is {layout}, expected ep and pp to be 1", hint=_HINT)
+    if grid.ranks > MAX_RANKS:
+        raise CheckpointError(f"{where}: tells of {grid.ranks:,} ranks, expected at most {MAX_RANKS:,}", hint=_HINT)
+    packing = told.get("packing")
+    if packing not in tuple(Packing):
+        raise CheckpointError(f"{where}: packing is none of {', '.join(Packing)}", hint=_HINT)
+    run = Run(grid, Layout(layout), source, fp8_experts, size, Packing(packing))
+    if told.get("run") != run.id:
+        raise CheckpointError(f"{where}: run is not that of the options beside it", hint=_HINT)
+    return run
+
+
+def _count(told: object, where: str, most: int) -> int:
+    if type(told) is not int or not 1 <= told <= most:
+        raise CheckpointError(f"{where} is no number from 1 to {most:,}", hint=_HINT)
+    return told
 
 
 def _records(told: object, where: str) -> dict[str, FileRecord]:

@@ -1,22 +1,21 @@
-"""Move one tensor between a checkpoint and its tensor-parallel files in pieces, and hash the checkpoint's bytes.
+"""Move one tensor between a checkpoint and its ranks in pieces.
 
 `scatter` and `gather` are each other's inverse. Both pass over the tensor from front to back in the same pieces: some
 bytes, some whole rows where columns are cut, a band of whole blocks where the ranks hold another encoding. Memory is
 the buffers of one piece, whatever the tensor.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from v4quant.checkpoint.file_source import FileSource
+from v4quant.checkpoint.files import Source
 from v4quant.checkpoint.header import TensorEntry
-from v4quant.checkpoint.output import ShardFile
 from v4quant.checkpoint.plan import CHUNK_BYTES
 from v4quant.checkpoint.stream import Band, Worker, bands
-from v4quant.checkpoint.tp_layout import Placement, Recoding
+from v4quant.checkpoint.tp_layout import Copies, Placement, Recoding
 from v4quant.checkpoint.tp_rules import Split
 from v4quant.encodings import Encoding
 from v4quant.errors import CheckFailedError, CheckpointError
@@ -26,22 +25,37 @@ from v4quant.numerics.errors import NonFiniteError
 Bytes = npt.NDArray[np.uint8]
 
 
-class Hash(Protocol):
-    """What hashlib makes."""
+class Output(Protocol):
+    """A file that is written at any offset; see ShardFile."""
 
-    def update(self, data: memoryview, /) -> None:
-        """Add bytes."""
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write bytes at an absolute offset."""
 
 
-def scatter(
-    source: FileSource, place: Placement, outputs: Mapping[str, ShardFile], worker: Worker, digest: Hash
-) -> int:
+class Outputs(Protocol):
+    """Output files by name."""
+
+    def __getitem__(self, name: str, /) -> Output:
+        """The file of this name."""
+
+
+class Watch(Protocol):
+    """Sees the bytes of a tensor go by, each once and in order."""
+
+    def whole(self, data: memoryview) -> None:
+        """Of the tensor in the checkpoint."""
+
+    def share(self, number: int, data: memoryview) -> None:
+        """Of one of its shares, where it is cut and not recoded."""
+
+
+def scatter(source: Source, place: Placement, outputs: Outputs, worker: Worker, watch: Watch) -> int:
     """Write a tensor of the checkpoint into the files that hold it.
 
     Args:
         source: the checkpoint's files.
-        outputs: the open output files, by name.
-        digest: given the tensor's bytes in the checkpoint.
+        outputs: the output files, by name.
+        watch: given the tensor's bytes, and those of its shares.
 
     Returns:
         Values that the ranks hold rounded: of a wo_a under F32 scales that are no powers of two, which the extra file
@@ -57,24 +71,24 @@ def scatter(
     for start, stop, band in _pieces(place):
         piece = worker.scratch.take("piece", stop - start)
         source.read_into(place.source.file, place.source.start + start, piece.data)
-        digest.update(piece.data)
+        watch.whole(piece.data)
         if place.kept is not None:
             outputs[place.kept.file].write(piece.data, place.kept.start + start)
         if band is None or place.recoding is None:
-            _write_parts(place.parts, place.split, place.source, piece, start, outputs, worker.scratch)
+            _write_shares(place, piece, start, outputs, worker.scratch, watch)
         else:
             rounded += _scatter_recoded(source, place, place.recoding, band, piece, outputs, worker.scratch)
         worker.step(stop - start)
     return rounded
 
 
-def gather(ranks: FileSource, place: Placement, out: ShardFile, worker: Worker, digest: Hash) -> None:
+def gather(ranks: Source, place: Placement, out: Output, worker: Worker, watch: Watch) -> None:
     """Write a tensor of the checkpoint as it was, from the files that hold it.
 
     Args:
         ranks: the sharded folder's files.
         out: the checkpoint's file.
-        digest: given the bytes that are written.
+        watch: given the bytes that are written.
 
     Raises:
         CheckpointError: if a weight that was recoded is not finite; if a rank cannot be read.
@@ -83,15 +97,42 @@ def gather(ranks: FileSource, place: Placement, out: ShardFile, worker: Worker, 
     """
     for start, stop, band in _pieces(place):
         piece = worker.scratch.take("piece", stop - start)
-        if place.kept is not None:
-            ranks.read_into(place.kept.file, place.kept.start + start, piece.data)
-        elif band is None or place.recoding is None:
-            _read_parts(place.parts, place.split, place.source, piece, start, ranks, worker.scratch)
-        else:
-            _gather_recoded(ranks, place, place.recoding, band, piece, worker.scratch)
-        digest.update(piece.data)
+        _fill(ranks, place, start, band, piece, worker.scratch)
+        watch.whole(piece.data)
         out.write(piece.data, place.source.start + start)
         worker.step(stop - start)
+
+
+def read_range(ranks: Source, place: Placement, start: int, buffer: memoryview, scratch: Scratch) -> None:
+    """Fill a buffer with the bytes from `start` on of a tensor of the checkpoint, from the files that hold it.
+
+    Args:
+        ranks: the sharded folder's files.
+        start: counted from the tensor's first byte.
+
+    Raises:
+        CheckpointError: as gather.
+    """
+    stop = start + len(buffer)
+    if place.kept is not None or (place.recoding is None and place.split is not Split.COLUMNS):
+        _fill(ranks, place, start, None, np.frombuffer(buffer, np.uint8), scratch)
+        return
+    for first, last, band in _pieces(place):
+        begin, end = max(first, start), min(last, stop)
+        if begin < end:
+            piece = scratch.take("piece", last - first)
+            _fill(ranks, place, first, band, piece, scratch)
+            buffer[begin - start : end - start] = piece[begin - first : end - first].data
+
+
+def _fill(ranks: Source, place: Placement, start: int, band: Band | None, piece: Bytes, scratch: Scratch) -> None:
+    """Fill a piece with the bytes from `start` on."""
+    if place.kept is not None:
+        ranks.read_into(place.kept.file, place.kept.start + start, piece.data)
+    elif band is None or place.recoding is None:
+        _read_shares(place, piece, start, ranks, scratch)
+    else:
+        _gather_recoded(ranks, place, place.recoding, band, piece, scratch)
 
 
 def piece_memory_bytes(place: Placement) -> int:
@@ -124,81 +165,67 @@ def _pieces(place: Placement) -> Iterator[tuple[int, int, Band | None]]:
         yield start, min(start + step, entry.bytes), None
 
 
-def _write_parts(
-    parts: Sequence[TensorEntry],
-    split: Split,
-    whole: TensorEntry,
-    piece: Bytes,
-    start: int,
-    outputs: Mapping[str, ShardFile],
-    scratch: Scratch,
-) -> None:
-    """Write what each part holds of the bytes from `start` on of a tensor."""
-    if split is Split.COLUMNS:
-        for part, columns, first in _strips(parts, whole, piece, start):
+def _write_shares(place: Placement, piece: Bytes, start: int, outputs: Outputs, scratch: Scratch, watch: Watch) -> None:
+    """Write what each share has of the bytes from `start` on of a tensor, into every copy of it."""
+    if place.split is Split.COLUMNS:
+        for number, columns, first in _strips(place, piece, start):
             strip = scratch.take("strip", columns.size).reshape(columns.shape)
             strip[...] = columns
-            outputs[part.file].write(strip.reshape(-1).data, part.start + first)
+            _write_copies(place.shares[number], strip.reshape(-1).data, first, outputs)
+            watch.share(number, strip.reshape(-1).data)
     else:
-        for part, span, first in _spans(parts, split, piece.size, start):
-            outputs[part.file].write(piece[span].data, part.start + first)
+        for number, span, first in _spans(place.shares, piece.size, start):
+            _write_copies(place.shares[number], piece[span].data, first, outputs)
+            if len(place.shares) > 1:
+                watch.share(number, piece[span].data)
 
 
-def _read_parts(
-    parts: Sequence[TensorEntry],
-    split: Split,
-    whole: TensorEntry,
-    piece: Bytes,
-    start: int,
-    ranks: FileSource,
-    scratch: Scratch,
-) -> None:
-    """Fill a piece with the bytes from `start` on of a tensor, from the parts that hold them."""
-    if split is Split.COLUMNS:
-        for part, columns, first in _strips(parts, whole, piece, start):
+def _write_copies(copies: Copies, data: memoryview, first: int, outputs: Outputs) -> None:
+    for part in copies:
+        outputs[part.file].write(data, part.start + first)
+
+
+def _read_shares(place: Placement, piece: Bytes, start: int, ranks: Source, scratch: Scratch) -> None:
+    """Fill a piece with the bytes from `start` on of a tensor, from the first copy of each share."""
+    if place.split is Split.COLUMNS:
+        for number, columns, first in _strips(place, piece, start):
+            part = place.shares[number][0]
             strip = scratch.take("strip", columns.size)
             ranks.read_into(part.file, part.start + first, strip.data)
             columns[...] = strip.reshape(columns.shape)
     else:
-        held = parts if split is Split.ROWS else parts[:1]  # of equal copies one is enough
-        for part, span, first in _spans(held, split, piece.size, start):
+        for number, span, first in _spans(place.shares, piece.size, start):
+            part = place.shares[number][0]
             ranks.read_into(part.file, part.start + first, piece[span].data)
 
 
-def _strips(
-    parts: Sequence[TensorEntry], whole: TensorEntry, piece: Bytes, start: int
-) -> Iterator[tuple[TensorEntry, Bytes, int]]:
-    """For each part its columns of these rows, and the byte of the part where they begin."""
+def _strips(place: Placement, piece: Bytes, start: int) -> Iterator[tuple[int, Bytes, int]]:
+    """For each share its columns of these rows, and the byte of the share where they begin."""
     if not piece.size:
         return
-    row_bytes = whole.bytes // whole.shape[0]
-    rows, width = piece.reshape(-1, row_bytes), row_bytes // len(parts)
-    for number, part in enumerate(parts):
-        yield part, rows[:, number * width : (number + 1) * width], start // row_bytes * width
+    row_bytes = place.source.bytes // place.source.shape[0]
+    rows, width = piece.reshape(-1, row_bytes), row_bytes // len(place.shares)
+    for number in range(len(place.shares)):
+        yield number, rows[:, number * width : (number + 1) * width], start // row_bytes * width
 
 
-def _spans(
-    parts: Sequence[TensorEntry], split: Split, size: int, start: int
-) -> Iterator[tuple[TensorEntry, slice, int]]:
-    """For each part its span of these bytes, and the byte of the part where it begins."""
-    if split is not Split.ROWS:
-        yield from ((part, slice(0, size), start) for part in parts)
-        return
+def _spans(shares: Sequence[Copies], size: int, start: int) -> Iterator[tuple[int, slice, int]]:
+    """For each share its span of these bytes, and the byte of the share where it begins."""
     done = 0
-    while done < size:
-        number, first = divmod(start + done, parts[0].bytes)
-        count = min(size - done, parts[0].bytes - first)
-        yield parts[number], slice(done, done + count), first
+    while shares and done < size:
+        number, first = divmod(start + done, shares[0][0].bytes)
+        count = min(size - done, shares[0][0].bytes - first)
+        yield number, slice(done, done + count), first
         done += count
 
 
 def _scatter_recoded(
-    source: FileSource,
+    source: Source,
     place: Placement,
     recoding: Recoding,
     band: Band,
     piece: Bytes,
-    outputs: Mapping[str, ShardFile],
+    outputs: Outputs,
     scratch: Scratch,
 ) -> int:
     """Write a band in the ranks' encoding; returns how many values changed, where that is allowed."""
@@ -215,8 +242,8 @@ def _scatter_recoded(
             hint="Keep the experts as they are stored: leave --experts fp8 out.",
         )
     codes, (first, _) = target.codes.view(np.uint8).reshape(-1), band.code_range(after)
-    for part, span, place_in_part in _spans(place.parts, place.split, codes.size, first):
-        outputs[part.file].write(codes[span].data, part.start + place_in_part)
+    for number, span, first_of_share in _spans(place.shares, codes.size, first):
+        _write_copies(place.shares[number], codes[span].data, first_of_share, outputs)
     if recoding.scale_part is not None:
         part, (first, _) = recoding.scale_part, band.scale_range(after)
         outputs[part.file].write(target.scales.view(np.uint8).reshape(-1).data, part.start + first)
@@ -224,11 +251,11 @@ def _scatter_recoded(
 
 
 def _gather_recoded(
-    ranks: FileSource, place: Placement, recoding: Recoding, band: Band, piece: Bytes, scratch: Scratch
+    ranks: Source, place: Placement, recoding: Recoding, band: Band, piece: Bytes, scratch: Scratch
 ) -> None:
     """Fill a piece with the codes that a band had under the scales that it had, which the extra file holds."""
     assert recoding.scale_part is not None, "without a scale in the rank the codes themselves are kept"
-    (part,), after = place.parts, recoding.after
+    ((part, *_),), after = place.shares, recoding.after
     start, stop = band.code_range(after)
     codes = scratch.take("rank codes", stop - start)
     ranks.read_into(part.file, part.start + start, codes.data)
@@ -243,7 +270,7 @@ def _gather_recoded(
 
 
 def _weight(
-    encoding: Encoding, band: Band, codes: Bytes, files: FileSource, scale: TensorEntry, scratch: Scratch
+    encoding: Encoding, band: Band, codes: Bytes, files: Source, scale: TensorEntry, scratch: Scratch
 ) -> Weight:
     """A band of a stored matrix: codes that are read already, and its scales."""
     shaped = codes.view(codes_dtype(encoding)).reshape(encoding.storage_shape(band.shape()))
@@ -252,7 +279,7 @@ def _weight(
     return Weight(encoding, shaped, buffer)
 
 
-def _scale(encoding: Encoding, band: Band, files: FileSource, scale: TensorEntry) -> npt.NDArray[np.generic]:
+def _scale(encoding: Encoding, band: Band, files: Source, scale: TensorEntry) -> npt.NDArray[np.generic]:
     """The scales of a band."""
     start, stop = band.scale_range(encoding)
     data = files.read(scale.file, scale.start + start, scale.start + stop)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.reader import Checkpoint, open_checkpoint
+from v4quant.checkpoint.reader import open_source as open_files
 from v4quant.cli._output import Output, decimal_bytes
-from v4quant.hub.location import parse_location
+from v4quant.hub.location import PREFIX, parse_location
 
 
 def open_source(text: str) -> Checkpoint:
@@ -26,7 +26,7 @@ def open_source(text: str) -> Checkpoint:
 
     files = open_remote(location)
     prefetch_checkpoint(files)
-    return open_checkpoint(files)
+    return open_files(files)
 
 
 def lies_in(path: Path, source: str) -> bool:
@@ -36,7 +36,7 @@ def lies_in(path: Path, source: str) -> bool:
 
 def remote_facts(output: Output, checkpoint: Checkpoint) -> dict[str, object]:
     """Where a remote checkpoint was read and what that cost, for JSON; says it for people too. Nothing of a folder."""
-    if isinstance(checkpoint.files, Files):
+    if not checkpoint.where.startswith(PREFIX):
         return {}
     from v4quant.hub.remote_files import RemoteFiles
 

@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from v4quant.checkpoint.layout import Packing
+from v4quant.cli._hub_run import begin_hub_run, note_origin, pinned_source
 from v4quant.cli._options import AnySource, DryRun, JsonMode, MaxWorkers, Out, Overwrite, parse_size
 from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.cli._progress import Advance, byte_progress
+from v4quant.cli._source import open_source, remote_facts
+from v4quant.errors import UsageError
 
 if TYPE_CHECKING:
     from v4quant.checkpoint.apply import ApplyReport
     from v4quant.checkpoint.plan import Operation, Plan
+    from v4quant.checkpoint.process_group import ProcessGroup
     from v4quant.hub.stream import HubRun
 
 
@@ -27,6 +32,10 @@ def convert(
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest output file, decimal, with unit.")
     ] = "5GB",
+    pack: Annotated[
+        Packing,
+        typer.Option(help="Files: one block each, as released; filled up to --max-shard-size; or one for everything."),
+    ] = Packing.LAYER,
     max_workers: MaxWorkers = 4,
     allow_rounding: Annotated[bool, typer.Option("--allow-rounding", help="Accept tensors that lose bits.")] = False,
     like: Annotated[
@@ -45,74 +54,83 @@ def convert(
 ) -> None:
     """Convert a checkpoint and prove every tensor; run the same command again to continue after an interruption.
 
+    To the format that it has already, it packs anew: files that stay as they are become hard links. Under torchrun the
+    processes, on one machine or many with a shared folder, share the files out.
+
     \b
     v4quant convert DeepSeek-V4-Flash flash-fp8 --to fp8
     v4quant convert DeepSeek-V4-Flash flash-bf16 --to bf16 --dry-run
     v4quant convert flash-bf16 flash-again --to native --like DeepSeek-V4-Flash
     v4quant convert hf://deepseek-ai/DeepSeek-V4-Flash flash-fp8 --to fp8 --push me/DeepSeek-V4-Flash-FP8
+    torchrun --nproc-per-node 4 -m v4quant convert DeepSeek-V4-Flash flash-fp8 --to fp8
     """
     # The engine loads numpy and numba, which `v4quant --help` need not wait for.
-    from v4quant.checkpoint.apply import apply
-    from v4quant.checkpoint.certificate import RoundingRefusedError
     from v4quant.checkpoint.plan import make_plan
+    from v4quant.checkpoint.process_group import ProcessGroup
     from v4quant.checkpoint.side_files import files_left_behind
-    from v4quant.cli._hub_run import begin_hub_run, note_origin, pinned_source
-    from v4quant.cli._source import open_source
     from v4quant.formats import format_named
 
-    output = Output(json_mode)
-    target = format_named(to)
-    max_shard_bytes = parse_size(max_shard_size, "--max-shard-size")
-    original = open_source(like) if like else None
-    source = open_source(src if overwrite else pinned_source(src, out))
-    plan = make_plan(source, target, max_shard_bytes=max_shard_bytes, like=original)
-    run = begin_hub_run(plan, out, src, push, private=private)
-    if dry_run:
-        _report_plan(output, plan, out, max_workers, run, overwrite=overwrite)
-        return
+    with ProcessGroup.from_environment() as group, group.ending_together():
+        output = Output(json_mode, silent=not group.is_first)
+        target = format_named(to)
+        max_shard_bytes = parse_size(max_shard_size, "--max-shard-size")
+        original = open_source(like) if like else None
+        source = open_source(src if overwrite else pinned_source(src, out))
+        plan = make_plan(source, target, max_shard_bytes=max_shard_bytes, packing=pack, like=original)
+        run = begin_hub_run(plan, out, src, push, private=private)
+        if run is not None and group.size > 1:
+            raise UsageError("torchrun shares out what is local, expected one process from or to the Hub")
+        if dry_run:
+            _report_plan(output, plan, out, max_workers, run, overwrite=overwrite)
+            group.barrier()
+            return
+        _apply(output, plan, out, group, run, workers=max_workers, allow_rounding=allow_rounding, overwrite=overwrite)
+        for name in files_left_behind(plan.source):
+            output.note(f"not copied, as it may hold weights in another form: {name}")
+        if run is not None and run.branch is not None:
+            output.note(f"next: v4quant parity {run.branch.location} --against {plan.source.where} --report report")
+            output.note(f"then: v4quant push {out} {push} --parity report/parity.json")
+        else:
+            output.note(f"next: v4quant verify {out} --against {plan.source.where}")
+
+
+def _apply(
+    output: Output, plan: "Plan", out: Path, group: "ProcessGroup", run: "HubRun | None", **options: Any
+) -> None:
+    """Carry the plan out and report; options are those of `apply`."""
+    from v4quant.checkpoint.apply import apply
+    from v4quant.checkpoint.certificate import RoundingRefusedError
+
     start = time.monotonic()
     with ExitStack() as stack:
 
         def begin(done: int) -> Advance:
             # Only now is it certain that the output folder may be written.
             _print_plan(output, plan)
-            if run is None:
-                note_origin(Path(src), out)
-            return stack.enter_context(byte_progress(plan.bytes_read, "convert", done))
+            if run is None and group.is_first:
+                note_origin(Path(plan.source.where), out)
+            return stack.enter_context(byte_progress(plan.bytes_read, "convert", done, silent=not group.is_first))
 
         try:
             if run is not None:
                 stack.callback(run.close)
-            report = apply(
-                run.plan if run else plan,
-                out,
-                workers=max_workers,
-                allow_rounding=allow_rounding,
-                overwrite=overwrite,
-                progress=begin,
-                sink=run,
-            )
+            report = apply(run.plan if run else plan, out, progress=begin, group=group, sink=run, **options)
         except RoundingRefusedError as refusal:
-            output.result(_plan_json(plan) | {"would_round": [record.to_json() for record in refusal.worst]})
+            # The process that has found it speaks, whichever that is.
+            worst = [record.to_json() for record in refusal.worst]
+            Output(output.json_mode).result(_plan_json(plan) | {"would_round": worst})
             raise
     _report(output, plan, report, time.monotonic() - start, run)
-    for name in files_left_behind(plan.source):
-        output.note(f"not copied, as it may hold weights in another form: {name}")
-    if run is not None and run.branch is not None:
-        output.note(f"next: v4quant parity {run.branch.location} --against {plan.source.where} --report report")
-        output.note(f"then: v4quant push {out} {push} --parity report/parity.json")
-    else:
-        output.note(f"next: v4quant verify {out} --against {plan.source.where}")
 
 
 def _report_plan(
     output: Output, plan: "Plan", out: Path, workers: int, run: "HubRun | None", *, overwrite: bool
 ) -> None:
     """What --dry-run says."""
+    from v4quant.checkpoint.linked_files import linkable
     from v4quant.checkpoint.output import disk_errors, free_bytes, require_free
     from v4quant.checkpoint.reader import JOURNAL_NAME
     from v4quant.checkpoint.run_folder import require_apart
-    from v4quant.cli._source import remote_facts
 
     require_apart(out, plan.folders)
     with disk_errors(out):
@@ -120,12 +138,16 @@ def _report_plan(
     if not is_unfinished:
         require_free(out, overwrite=overwrite)
     free, peak = free_bytes(out), plan.peak_memory_bytes(workers)
+    links = linkable(plan.source.files, out, plan.unchanged_files)
     disk, spool = (run.disk_bytes, run.spool_bytes) if run else (plan.disk_bytes, 0)
+    disk -= plan.linked_bytes(links)
     risky = [operation for operation in plan if operation.risk]
     _print_plan(output, plan)
     output.line(f"memory: at most {decimal_bytes(peak)} with {plural(workers, 'worker')}")
     passing = f" at most, {decimal_bytes(spool)} of it for source shards that pass through" if spool else ""
     output.line(f"disk: needs {decimal_bytes(disk)}{passing}, {decimal_bytes(free)} free")
+    if links:
+        output.line(f"stays as it is: {plural(len(links), 'file')}, which will be hard links to the source's")
     if risky:
         output.line(f"may round (checked value by value, refused without --allow-rounding): {len(risky):,} weights")
         for risk, count in Counter(operation.risk for operation in risky).items():
@@ -140,6 +162,7 @@ def _report_plan(
             "spool_bytes": spool,
             "disk_free_bytes": free,
             "shards": len(plan.shards),
+            "linked_files": len(links),
             "actions": dict(Counter(operation.action for operation in plan)),
             "may_round": [{"tensor": operation.name, "when": operation.risk} for operation in risky],
         }
@@ -179,7 +202,6 @@ def _print_plan(output: Output, plan: "Plan") -> None:
 def _report(output: Output, plan: "Plan", report: "ApplyReport", seconds: float, run: "HubRun | None") -> None:
     """What a finished conversion says."""
     from v4quant.checkpoint.certificate import verdict_counts
-    from v4quant.cli._source import remote_facts
 
     if report.resumed_shards:
         output.line(f"continued: {plural(report.resumed_shards, 'shard')} had been finished before")
@@ -188,13 +210,16 @@ def _report(output: Output, plan: "Plan", report: "ApplyReport", seconds: float,
         f"{plural(plan.tensors, 'tensor')} in {seconds:.1f} s: {counts['bit_identical']:,} bit-identical, "
         f"{counts['value_exact']:,} value-exact, {counts['rounded']:,} rounded"
     )
+    if report.linked_files:
+        links = plural(report.linked_files, "file")
+        output.line(f"{links} unchanged, hard links to the source: what is edited in place in one is edited in both")
     for record in report.worst:
         output.line(f"  rounded: {record.describe_error()}")
     output.line(f"certificate: {report.certificate}")
     output.result(
         _plan_json(plan)
         | {"seconds": round(seconds, 3), **counts, "certificate": str(report.certificate)}
-        | {"resumed_shards": report.resumed_shards}
+        | {"resumed_shards": report.resumed_shards, "linked_files": report.linked_files}
         | remote_facts(output, plan.source)
         | ({"pushed_to": str(run.branch.location)} if run and run.branch else {})
     )

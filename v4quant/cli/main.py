@@ -11,10 +11,14 @@ from typing import Annotated
 import typer
 
 import v4quant
+from v4quant.checkpoint.process_group import EndedElsewhereError
 from v4quant.cli import (
+    budget,
     convert,
+    decode,
     demo,
     download,
+    encode,
     inspect_,
     merge,
     parity,
@@ -37,8 +41,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _COMMANDS = (
-    *(inspect_.inspect, download.download, synth.synth, convert.convert, verify.verify),
-    *(shard.shard, merge.merge, reference.reference, parity.parity, push.push, selftest.selftest, demo.demo),
+    *(inspect_.inspect, budget.budget, download.download, synth.synth, convert.convert, verify.verify),
+    *(shard.shard, merge.merge, reference.reference, parity.parity, push.push, selftest.selftest),
+    *(encode.encode, decode.decode, demo.demo),
 )
 for command in _COMMANDS:
     app.command()(command)
@@ -70,6 +75,8 @@ def main(argv: list[str]) -> int:
         if exit_.code == InterruptedRunError.exit_code:  # typer's answer to Ctrl-C, without a word
             _report(InterruptedRunError("interrupted"))
         return exit_.code if isinstance(exit_.code, int) else 0
+    except EndedElsewhereError as error:  # the process that has failed says why
+        return error.exit_code
     except V4QuantError as error:
         if os.environ.get("V4QUANT_DEBUG") == "1":
             raise

@@ -1,4 +1,4 @@
-"""`v4quant merge`: tensor-parallel files back into the checkpoint that they were made from."""
+"""`v4quant merge`: what shard wrote back into the checkpoint that it was made from."""
 
 import time
 from contextlib import ExitStack
@@ -26,17 +26,17 @@ def merge(
     """
     # The engine loads numpy and numba, which `v4quant --help` need not wait for.
     from v4quant.checkpoint.merge import MergePlan, apply_merge
-    from v4quant.checkpoint.tp_folder import open_tp_folder
+    from v4quant.checkpoint.tp_folder import open_sharded
 
     output = Output(json_mode)
-    plan = MergePlan(open_tp_folder(src))
-    record, start = plan.source.record, time.monotonic()
+    plan = MergePlan(open_sharded(src))
+    record, ranks, start = plan.source.record, plan.source.layout.grid.ranks, time.monotonic()
     files = len(record.weights) + len(record.files)
     with ExitStack() as stack:
 
         def begin(done: int) -> Advance:
             # Only now is it certain that the output folder may be written.
-            output.line(f"{plural(record.ranks, 'rank')} -> {plural(len(record.weights), 'weight file')}")
+            output.line(f"{plural(ranks, 'rank')} -> {plural(len(record.weights), 'weight file')}")
             output.line(f"writes {decimal_bytes(plan.bytes_written)}")
             return stack.enter_context(byte_progress(plan.bytes_written, "merge", done))
 
@@ -49,7 +49,7 @@ def merge(
     )
     output.result(
         {
-            "ranks": record.ranks,
+            "ranks": ranks,
             "tensors": plan.tensors,
             "bytes_written": plan.bytes_written,
             "files": files,

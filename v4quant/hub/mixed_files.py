@@ -1,12 +1,13 @@
 """A folder whose shards lie on the Hub, as the files of one checkpoint."""
 
-from v4quant.checkpoint.file_source import FileSource
-from v4quant.checkpoint.files import Files
+from pathlib import Path
+
+from v4quant.checkpoint.files import Files, Source
 from v4quant.hub.remote_files import RemoteFiles
 
 
 class MixedFiles:
-    """What is here is read here, the named rest from a repository. Implements FileSource.
+    """What is here is read here, the named rest from a repository. Implements Source.
 
     Attributes:
         where: the folder.
@@ -39,6 +40,18 @@ class MixedFiles:
         """What tells a file from a changed one without reading it."""
         return self._source(name).fingerprint(name)
 
+    def noted_sha256(self, name: str) -> str | None:
+        """The hash that the Hub lists of a file there."""
+        return self._source(name).noted_sha256(name)
+
+    def path(self, name: str) -> Path:
+        """Absolute path of a file that is here.
+
+        Raises:
+            UsageError: if it is on the Hub.
+        """
+        return self._source(name).path(name)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Read bytes [start, stop) of a file, all of it by default.
 
@@ -63,5 +76,5 @@ class MixedFiles:
         """
         self._source(name).require_unchanged(name)
 
-    def _source(self, name: str) -> FileSource:
+    def _source(self, name: str) -> Source:
         return self._remote if name in self._remote_names else self._local

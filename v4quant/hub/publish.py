@@ -15,7 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
-from v4quant.checkpoint.file_source import FileSource
+from v4quant.checkpoint.files import Source
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.config import CONFIG_NAME
 from v4quant.errors import HubError
@@ -92,7 +92,7 @@ def content_of_bytes(name: str, data: bytes) -> Content:
     return Content(RemoteFile(name, len(data), hashlib.sha256(data).hexdigest(), git), data)
 
 
-def content_of_file(files: FileSource, name: str, path: Path, advance: Advance) -> Content:
+def content_of_file(files: Source, name: str, path: Path, advance: Advance) -> Content:
     """A file of a folder, hashed.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.index import INDEX_NAME
-from v4quant.checkpoint.reader import JOURNAL_NAME, UPLOADS_NAME, Checkpoint, open_checkpoint
+from v4quant.checkpoint.reader import JOURNAL_NAME, UPLOADS_NAME, Checkpoint, open_checkpoint, open_source
 from v4quant.errors import CheckFailedError, CheckpointError
 from v4quant.hub.card import README_NAME, Card, build_card
 from v4quant.hub.client import Hub, connect
@@ -140,9 +140,10 @@ def _opened(folder: Path, uploads: Uploads | None) -> tuple[Checkpoint, RemoteFi
     """
     files = Files(folder)
     staged = _staged(uploads, connect()) if uploads else None
-    source = MixedFiles(files, staged, set(uploads.shards)) if uploads and staged else folder
     try:
-        return open_checkpoint(source), staged
+        if uploads is None or staged is None:
+            return open_checkpoint(folder), staged
+        return open_source(MixedFiles(files, staged, set(uploads.shards))), staged
     except CheckpointError as error:
         if INDEX_NAME in files or JOURNAL_NAME in files:
             raise CheckFailedError(f"{folder} is not published:\n  {error}", hint=error.hint) from error

@@ -8,11 +8,12 @@ import struct
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from v4quant.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.config import CONFIG_NAME
-from v4quant.errors import HubError
+from v4quant.errors import HubError, UsageError
 from v4quant.hub.client import Hub, connect
 from v4quant.hub.commit_cache import CommitCache
 from v4quant.hub.listing import Listing, RemoteFile, list_files, listing_from_json, resolve
@@ -27,7 +28,7 @@ _WEIGHTS = ".safetensors"
 
 
 class RemoteFiles:
-    """The files of a repository at one commit; the hidden ones are left out. Implements FileSource.
+    """The files of a repository at one commit; the hidden ones are left out. Implements Source.
 
     Attributes:
         listing: what the commit holds.
@@ -67,6 +68,20 @@ class RemoteFiles:
     def fingerprint(self, name: str) -> str:
         """Size and hash of the content, the same at every commit that holds it."""
         return f"{self.size(name)} {self._files[name].digest}"
+
+    def noted_sha256(self, name: str) -> str | None:
+        """The hash that the Hub lists of a large file."""
+        return self._files[name].sha256
+
+    def path(self, name: str) -> Path:
+        """No file of it is on this disk under its name.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"{self.where}/{name}: is on the Hub, expected a local file", hint="Get it with: v4quant download"
+        )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Read bytes [start, stop) of a file, all of it by default.

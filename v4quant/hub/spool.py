@@ -15,7 +15,7 @@ from pathlib import Path
 from v4quant.checkpoint.output import disk_errors
 from v4quant.checkpoint.plan import Plan
 from v4quant.checkpoint.stream import StoppedError
-from v4quant.errors import CheckpointError
+from v4quant.errors import CheckpointError, UsageError
 from v4quant.hub.client import Hub
 from v4quant.hub.fetch import Fetcher
 from v4quant.hub.fetch import StoppedError as FetchStoppedError
@@ -57,7 +57,7 @@ def spool_bytes(plan: Plan) -> int:
 
 
 class Spool:
-    """The files of a remote checkpoint, weights by way of the disk. Implements FileSource.
+    """The files of a remote checkpoint, weights by way of the disk. Implements Source.
 
     Attributes:
         where: hf://REPO_ID@COMMIT.
@@ -166,6 +166,20 @@ class Spool:
 
     def require_unchanged(self, name: str) -> None:
         """Nothing to check: a commit does not change."""
+
+    def noted_sha256(self, name: str) -> str | None:
+        """The hash that the Hub lists of a large file."""
+        return self._remote.noted_sha256(name)
+
+    def path(self, name: str) -> Path:
+        """No file of it is on this disk under its name.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            f"{self.where}/{name}: is on the Hub, expected a local file", hint="Get it with: v4quant download"
+        )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Read bytes [start, stop) of a file, all of it by default.

@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 
-from v4quant.checkpoint.verify import Mismatch, value_differences
+from v4quant.checkpoint.verify import value_differences
+from v4quant.checkpoint.verify_report import Mismatch
 from v4quant.model.block import Block
 from v4quant.model.streaming import Lane, Schedule, StreamedModel, run_lanes
 from v4quant.model.weights import BlockWeights

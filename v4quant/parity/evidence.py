@@ -14,7 +14,7 @@ import torch
 
 import v4quant
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME
-from v4quant.checkpoint.file_source import FileSource
+from v4quant.checkpoint.files import Source
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.config import CONFIG_NAME, V4Config
@@ -38,7 +38,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _sha256(files: FileSource, name: str) -> str | None:
+def _sha256(files: Source, name: str) -> str | None:
     if name not in files:
         return None
     digest, size = hashlib.sha256(), files.size(name)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from v4quant import strict_json
-from v4quant.checkpoint.file_source import FileSource
+from v4quant.checkpoint.files import Source
 from v4quant.checkpoint.tensor_file import TensorFile
 from v4quant.config import V4Config
 from v4quant.errors import CheckpointError, UsageError
@@ -163,7 +163,7 @@ def _jsonl(path: Path) -> list[torch.Tensor]:
     return prompts
 
 
-def text_prompts(path: Path, files: FileSource, config: V4Config, length: int | None, prefill: int | None) -> Prompts:
+def text_prompts(path: Path, files: Source, config: V4Config, length: int | None, prefill: int | None) -> Prompts:
     """Encode a text file, one prompt, with the tokenizer of a checkpoint.
 
     Args:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from v4quant import strict_json
-from v4quant.checkpoint.files import local_path
 from v4quant.checkpoint.header import TensorEntry, build_header
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.output import disk_errors
@@ -159,12 +158,12 @@ class Editor:
         copies = {name: name for name in self._damage.keys() - self._rewritten} | self._second_names
         for name, origin in copies.items():
             with disk_errors(out / name):
-                shutil.copyfile(local_path(self.checkpoint.files, origin), out / name)
+                shutil.copyfile(self.checkpoint.files.path(origin), out / name)
         for name, damage in self._damage.items():
             with disk_errors(out / name):
                 damage(out / name)
         for name in sorted(set(self.checkpoint.files.names()) - changed):
-            _link(local_path(self.checkpoint.files, name), out / name)
+            _link(self.checkpoint.files.path(name), out / name)
         return sorted(changed)
 
     def _new(self, name: str, dtype: str, values: torch.Tensor, file: str) -> _Stored:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from v4quant.checkpoint.files import local_path
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.names import Role, block_prefix, scale_name
@@ -64,7 +63,7 @@ def _flip_bit(path: Path) -> None:
 
 
 def _other_shards_bytes(editor: Editor) -> None:
-    origin = local_path(editor.checkpoint.files, _shard_of(editor.checkpoint, 0))
+    origin = editor.checkpoint.files.path(_shard_of(editor.checkpoint, 0))
     editor.damage_file(_shard_of(editor.checkpoint, 1), lambda path: _copy_over(origin, path))
 
 

@@ -1,0 +1,89 @@
+"""Certificates of what `shard` and `merge` wrote: for each tensor its hash, and that of the whole it is a share of.
+
+A rank's certificate lets its folder be verified where it lies alone; that of a merged checkpoint says, tensor by
+tensor, that what was put together is what was taken apart.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import v4quant
+from v4quant.checkpoint.certificate import CERTIFICATE_NAME, CertificateHeader
+from v4quant.checkpoint.journal import Journal
+from v4quant.checkpoint.output import StreamedFile, write_file
+from v4quant.checkpoint.reader import Checkpoint
+from v4quant.checkpoint.tp_files import rank_folder
+from v4quant.checkpoint.tp_layout import ShardedLayout
+from v4quant.errors import OutputError
+
+
+def write_rank_certificates(source: Checkpoint, layout: ShardedLayout, journal: Journal, out: Path) -> None:
+    """Write the certificate of every rank, in one pass over the journal.
+
+    Raises:
+        OutputError: if the journal is damaged, or the disk refuses.
+    """
+    rank_of = {file.name: rank for rank, files in enumerate(layout.ranks) for file in files}
+    shares = {place.source.name: place.shares for places in layout.placements.values() for place in places}
+    with ExitStack() as stack:
+        files = []
+        for rank in range(layout.grid.ranks):
+            file = stack.enter_context(StreamedFile(out / rank_folder(rank) / CERTIFICATE_NAME))
+            file.write(_line(_header(source, f"rank {rank} of {layout.grid}", len(layout.held_by(rank)))))
+            files.append(file)
+        written = 0
+        for line in _tensor_lines(journal):
+            number = line.pop("share")
+            for part in shares[str(line["tensor"])][int(str(number))]:
+                files[rank_of[part.file]].write(_line(line))
+            written += 1
+        if written != sum(map(len, shares.values())):
+            raise OutputError(
+                f"{journal.path}: has lines for {written:,} shares, expected {sum(map(len, shares.values())):,}",
+                hint="The journal was edited or damaged; remove the folder and shard again.",
+            )
+        for file in files:
+            file.finish()
+
+
+def write_whole_certificate(source: Checkpoint, journal: Journal, out: Path) -> None:
+    """Write the certificate of a merged checkpoint.
+
+    Args:
+        source: the same, as its ranks hold it.
+
+    Raises:
+        OutputError: if the disk refuses.
+    """
+
+    def lines() -> Iterator[bytes]:
+        yield _line(_header(source, source.scheme.name, len(source.tensors)))
+        for line in _tensor_lines(journal):
+            del line["share"]
+            yield _line(line)
+
+    write_file(out / CERTIFICATE_NAME, lines())
+
+
+def _header(source: Checkpoint, target: str, tensors: int) -> dict[str, object]:
+    header = CertificateHeader(
+        tool_version=v4quant.__version__,
+        source_id=source.source_id(),
+        source_format=source.scheme.name,
+        target=target,
+        config_sha256=hashlib.sha256(source.config_bytes).hexdigest(),
+        tensors=tensors,
+    )
+    return header.to_json()
+
+
+def _tensor_lines(journal: Journal) -> Iterator[dict[str, object]]:
+    """The journal's lines of tensors."""
+    return (line for line in journal.objects() if isinstance(line, dict) and "tensor" in line)
+
+
+def _line(entry: dict[str, object]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
