@@ -17,10 +17,12 @@ from v4quant.cli import (
     convert,
     decode,
     demo,
+    download,
     encode,
     inspect_,
     merge,
     parity,
+    push,
     reference,
     selftest,
     shard,
@@ -39,8 +41,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _COMMANDS = (
-    *(inspect_.inspect, budget.budget, synth.synth, convert.convert, verify.verify),
-    *(shard.shard, merge.merge, reference.reference, parity.parity, selftest.selftest),
+    *(inspect_.inspect, budget.budget, download.download, synth.synth, convert.convert, verify.verify),
+    *(shard.shard, merge.merge, reference.reference, parity.parity, push.push, selftest.selftest),
     *(encode.encode, decode.decode, demo.demo),
 )
 for command in _COMMANDS:

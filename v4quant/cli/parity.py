@@ -13,6 +13,7 @@ from v4quant.cli._options import JsonMode
 from v4quant.cli._output import Output, decimal_bytes, is_finite, plural
 from v4quant.cli._progress import layer_progress
 from v4quant.cli._ranks import device_of, processes_of
+from v4quant.cli._source import lies_in, open_source
 from v4quant.errors import CheckFailedError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ _SHOWN_TENSORS = 5
 
 
 def parity(
-    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="Checkpoint in question.", show_default=False)],
+    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="Checkpoint in question.", show_default=False)],
     against: Annotated[
-        Path | None, typer.Option(metavar="REFERENCE", help="Checkpoint to compare with.", show_default=False)
+        str | None, typer.Option(metavar="REFERENCE", help="Checkpoint to compare with.", show_default=False)
     ] = None,
     reference_outputs: Annotated[
         Path | None,
@@ -87,7 +88,7 @@ def parity(
     """
     # torch loads here, so that `v4quant --help` need not wait for it.
     from v4quant.checkpoint.process_group import ProcessGroup
-    from v4quant.checkpoint.rank_tensors import Sharded, open_stored
+    from v4quant.checkpoint.rank_tensors import Sharded, as_stored
     from v4quant.model.ranked import serve_rank
 
     with ProcessGroup.from_environment() as group, group.ending_together():
@@ -95,7 +96,7 @@ def parity(
             raise UsageError(f"--max-kl is {max_kl}, expected a number")
         _require_one_reference(against, reference_outputs)
         place = device_of(device, group)
-        source = open_stored(candidate)
+        source = as_stored(open_source(candidate))
         with processes_of(source, group, place) as processes:
             if processes is not None and not group.is_first:
                 assert isinstance(source, Sharded)
@@ -114,8 +115,8 @@ def parity(
 
 def _compare(
     task: "Task",
-    candidate: Path,
-    against: Path | None,
+    candidate: str,
+    against: str | None,
     max_kl: float | None,
     min_top1: float | None,
     report: Path | None,
@@ -146,7 +147,7 @@ def _compare(
     return result
 
 
-def _require_one_reference(against: Path | None, reference_outputs: Path | None) -> None:
+def _require_one_reference(against: str | None, reference_outputs: Path | None) -> None:
     """Refuse both, or none, of what a candidate can be compared with.
 
     Raises:
@@ -163,7 +164,7 @@ def _require_one_reference(against: Path | None, reference_outputs: Path | None)
 
 def _task(
     candidate: "Checkpoint | Sharded",
-    against: Path | None,
+    against: str | None,
     reference_outputs: Path | None,
     tokens: Path | None,
     text: Path | None,
@@ -174,7 +175,6 @@ def _task(
     device: "Device",
 ) -> "Task":
     """Open what the candidate is compared with, and read or build the tokens."""
-    from v4quant.checkpoint.reader import open_checkpoint
     from v4quant.model.arithmetic import Activations
     from v4quant.parity.compare import Task
     from v4quant.parity.stored import StoredOutputs
@@ -182,7 +182,7 @@ def _task(
     if arithmetic not in (Activations.RELEASE, Activations.STORED):
         raise UsageError(f"--arithmetic is {arithmetic!r}, expected release or stored")
     if against is not None:
-        reference: Checkpoint | StoredOutputs = open_checkpoint(against)
+        reference: Checkpoint | StoredOutputs = open_source(against)
     else:
         assert reference_outputs is not None
         reference = StoredOutputs(reference_outputs, candidate.config)
@@ -222,14 +222,14 @@ def _prompts(
     return built_prompts(config, length, prefill)
 
 
-def _prepare_report_folder(report: Path, checkpoints: list[Path], overwrite: bool) -> None:
+def _prepare_report_folder(report: Path, sources: list[str], overwrite: bool) -> None:
     """Make the place for the report, or refuse it, before hours of work; an earlier one goes, lest it be taken for new.
 
     Raises:
         UsageError: if it lies in a checkpoint.
         OutputError: if it is a file, or holds something that is no report or shall not be replaced.
     """
-    if any(report.resolve().is_relative_to(folder.resolve()) for folder in checkpoints):
+    if any(lies_in(report, source) for source in sources):
         raise UsageError(f"{report}: lies in a checkpoint that is compared", hint="Choose a folder outside of it.")
     if report.exists() and not report.is_dir():
         raise OutputError(f"{report}: is a file, expected a folder to write")
