@@ -1,9 +1,10 @@
 """How long do `v4quant shard` and `merge` take against `cp` of the bytes that they write, and in how much memory?
 
-The source is a synthetic checkpoint with two full-size Flash layers (and embedding, head and MTP block: 12.9 GB), in every
-number of ranks that Flash allows, with FP8 experts, and in folders of a grid. A round times, on the same disk and from Python's start to its exit, `shard`, `merge` of what it wrote, and `cp -r` of both
-outputs; files and folders are fsynced within the timed part. Every other round copies first. That the merged files are
-the source's is checked in each round.
+The source is a synthetic checkpoint with two full-size Flash layers (and embedding, head and MTP block: 12.9 GB), cut
+into every number of ranks that Flash allows, with FP8 experts, and into folders of a grid. A round times, on the same
+disk and from Python's start to its exit, `shard`, `merge` of what it wrote, and `cp -r` of both outputs; files and
+folders are fsynced within the timed part. Every other round copies first. That the merged files are the source's is
+checked in each round.
 
     python benchmarks/shard.py [--layers N] [--rounds N] [--folder DIR] [--tiny]
 
