@@ -34,17 +34,10 @@ def write_rank_certificates(source: Checkpoint, layout: ShardedLayout, journal: 
             file = stack.enter_context(StreamedFile(out / rank_folder(rank) / CERTIFICATE_NAME))
             file.write(_line(_header(source, f"rank {rank} of {layout.grid}", len(layout.held_by(rank)))))
             files.append(file)
-        written = 0
-        for line in _tensor_lines(journal):
-            number = line.pop("share")
-            for part in shares[str(line["tensor"])][int(str(number))]:
-                files[rank_of[part.file]].write(_line(line))
-            written += 1
-        if written != sum(map(len, shares.values())):
-            raise OutputError(
-                f"{journal.path}: has lines for {written:,} shares, expected {sum(map(len, shares.values())):,}",
-                hint="The journal was edited or damaged; remove the folder and shard again.",
-            )
+        left = {(name, number) for name, own in shares.items() for number in range(len(own))}
+        for name, number, line in _tensor_lines(journal, left):
+            for part in shares[name][number]:
+                files[rank_of[part.file]].write(line)
         for file in files:
             file.finish()
 
@@ -61,9 +54,8 @@ def write_whole_certificate(source: Checkpoint, journal: Journal, out: Path) -> 
 
     def lines() -> Iterator[bytes]:
         yield _line(_header(source, source.scheme.name, len(source.tensors)))
-        for line in _tensor_lines(journal):
-            del line["share"]
-            yield _line(line)
+        for _, _, line in _tensor_lines(journal, {(name, 0) for name in source.tensors}):
+            yield line
 
     write_file(out / CERTIFICATE_NAME, lines())
 
@@ -80,9 +72,32 @@ def _header(source: Checkpoint, target: str, tensors: int) -> dict[str, object]:
     return header.to_json()
 
 
-def _tensor_lines(journal: Journal) -> Iterator[dict[str, object]]:
-    """The journal's lines of tensors."""
-    return (line for line in journal.objects() if isinstance(line, dict) and "tensor" in line)
+def _tensor_lines(journal: Journal, expected: set[tuple[str, int]]) -> Iterator[tuple[str, int, bytes]]:
+    """Name, number of the share, and certificate line of each of the journal's tensors.
+
+    Args:
+        expected: names and numbers, each of which must come once.
+
+    Raises:
+        OutputError: if they do not.
+    """
+    left = set(expected)
+    for entry in journal.objects():
+        if not isinstance(entry, dict) or "tensor" not in entry:
+            continue
+        name, number = entry["tensor"], entry.pop("share", None)
+        if not isinstance(name, str) or type(number) is not int or (name, number) not in left:
+            raise _damaged(journal, f"has no expected line of {str(name)[:200]!a}, share {str(number)[:20]!a}")
+        left.remove((name, number))
+        yield name, number, _line(entry)
+    if left:
+        raise _damaged(journal, f"has no line of {min(left)[0]}, and of {len(left) - 1:,} more")
+
+
+def _damaged(journal: Journal, what: str) -> OutputError:
+    return OutputError(
+        f"{journal.path}: {what}", hint="The journal was edited or damaged; remove the folder and start again."
+    )
 
 
 def _line(entry: dict[str, object]) -> bytes:

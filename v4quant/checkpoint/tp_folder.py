@@ -13,7 +13,7 @@ from v4quant import strict_json
 from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.header import LENGTH_BYTES, TensorEntry, read_header
 from v4quant.checkpoint.layout import Shard
-from v4quant.checkpoint.reader import JOURNAL_NAME, SHARDS_NAME, TENSOR_PARALLEL_FILE
+from v4quant.checkpoint.reader import JOURNAL_NAME, MAX_TENSORS, SHARDS_NAME, TENSOR_PARALLEL_FILE
 from v4quant.checkpoint.tp_files import (
     EXTRA_NAME,
     FILE_PREFIX,
@@ -228,7 +228,7 @@ def _source_files(files: Files, record: ShardsRecord) -> list[SourceFile]:
     except CheckpointError as error:
         raise CheckpointError(f"{files.where}/{error}", hint=_HINT_AGAIN) from error
     _require_same_run(f"{files.where}/{EXTRA_NAME}", _mark(files, EXTRA_NAME), record.run)
-    found = []
+    found, tensors = [], 0
     for name, file in record.weights.items():
         entry = extra.get(HEADER_PREFIX + name)
         if entry is None or not LENGTH_BYTES <= entry.bytes <= file.bytes:
@@ -238,6 +238,11 @@ def _source_files(files: Files, record: ShardsRecord) -> list[SourceFile]:
             )
         header = files.read(EXTRA_NAME, entry.start, entry.stop)
         entries = _entries(files, name, file.bytes, header)
+        tensors += len(entries)
+        if tensors > MAX_TENSORS:
+            raise CheckpointError(
+                f"{files.where}/{EXTRA_NAME}: tells of more than {MAX_TENSORS:,} tensors, expected a V4 checkpoint"
+            )
         found.append(SourceFile(name, len(header), sorted(entries.values(), key=lambda e: (e.start, e.stop))))
     return found
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME, Verdict, read_certificate
 from v4quant.checkpoint.files import Files
-from v4quant.checkpoint.plan import DEFAULT_WORKERS
+from v4quant.checkpoint.plan import CHUNK_BYTES, DEFAULT_WORKERS
 from v4quant.checkpoint.reader import SHARDS_NAME, Checkpoint
 from v4quant.checkpoint.stream import Worker
 from v4quant.checkpoint.tp_files import EXTRA_NAME, HEADER_PREFIX, rank_folder
@@ -28,6 +28,7 @@ from v4quant.checkpoint.verify import Mismatch, VerifyReport, verify_against
 from v4quant.config import CONFIG_NAME
 from v4quant.errors import CheckFailedError, CheckpointError
 from v4quant.formats.cast import Scratch
+from v4quant.numerics.errors import NonFiniteError
 
 
 def verify_sharded(
@@ -86,7 +87,7 @@ class _Compared:
     scratch: Scratch
 
     def write(self, data: memoryview, offset: int) -> None:
-        held = self.scratch.take(f"held {self.name}", len(data))
+        held = self.scratch.take("held", len(data))  # one buffer, however many ranks hold a copy
         self.files.read_into(self.name, offset, held.data)
         differs = held != np.frombuffer(data, np.uint8)
         if differs.any():
@@ -139,6 +140,8 @@ class _Consistency:
             try:
                 scatter(self._whole.files, place, compared, worker, hashes)
             except (CheckpointError, CheckFailedError) as error:
+                if not isinstance(error.__cause__, NonFiniteError | None):
+                    raise  # it could not be read, which says nothing about what it holds
                 found.append(Mismatch(place.source.name, str(error)))
             else:
                 self._shares[place.source.name] = [share.record.sha256 for share in hashes.records(place)]
@@ -159,7 +162,10 @@ class _Consistency:
 
     def _check_kept_files(self) -> Iterator[Mismatch]:
         for name, record in self._folder.record.files.items():
-            if hashlib.sha256(self._whole.files.read(name)).hexdigest() != record.sha256:
+            digest = hashlib.sha256()
+            for start in range(0, record.bytes, CHUNK_BYTES):
+                digest.update(self._whole.files.read(name, start, min(start + CHUNK_BYTES, record.bytes)))
+            if digest.hexdigest() != record.sha256:
                 yield Mismatch(name, f"in the extra file has another sha256 than {SHARDS_NAME} says")
 
     def _check_certificates(self) -> Iterator[Mismatch]:
