@@ -4,11 +4,15 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.sharding import merge, shard, write_wide
 from tests.checkpoint.test_disk import fail_at
@@ -472,3 +476,31 @@ def test_a_source_that_changes_while_it_is_read(name: str, tmp_path: Path) -> No
     assert caught.value.hint
     assert not (out / SHARDS_NAME).exists()
     assert not list(out.glob("*.safetensors"))
+
+
+def run_with_open_files(soft: int, hard: int, argv: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Run a command line in a process that may have so many files open, or raise its limit to `hard`."""
+    code = (
+        "import resource, sys; from v4quant.cli.main import main; "
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard})); sys.exit(main(sys.argv[1:]))"
+    )
+    return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
+
+
+def test_few_open_files(source: Path, tmp_path: Path) -> None:
+    """All of a rank's files grow together where the checkpoint is one file; two descriptors each."""
+    single = tmp_path / "single"
+    shutil.copytree(source, single, ignore=shutil.ignore_patterns("model*"))
+    tensors: dict[str, torch.Tensor] = {}
+    for path in source.glob("*.safetensors"):
+        tensors |= load_file(path)
+    save_file(tensors, single / "model.safetensors")
+    argv = ["shard", str(single), str(tmp_path / "out"), "--ep", "4", "--max-shard-size", "500kB"]
+    refused = run_with_open_files(60, 60, argv)
+    assert refused.returncode in (3, 5)
+    assert "Too many open files\nhint: Allow more open files (ulimit -n)" in refused.stderr
+    allowed = run_with_open_files(120, 4096, argv)
+    assert allowed.returncode == 0, allowed.stderr
+    merge(tmp_path / "out", tmp_path / "back")
+    (tmp_path / "back" / "v4quant.certificate.jsonl").unlink()
+    assert_same_checkpoint(tmp_path / "back", single)

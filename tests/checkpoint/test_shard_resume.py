@@ -175,6 +175,12 @@ def half_done(bench: Bench, out: Path) -> Path:
     raise AssertionError("no such moment")
 
 
+@pytest.fixture(scope="module")
+def half(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, to be copied."""
+    return half_done(bench, tmp_path_factory.mktemp("half") / "out")
+
+
 @pytest.mark.parametrize("lost", [1, 100, 400])
 def test_a_torn_journal(bench: Bench, tmp_path: Path, lost: int, capsys: pytest.CaptureFixture[str]) -> None:
     """After a power cut the last lines may be missing or torn: at most a few files are done again."""
@@ -248,13 +254,12 @@ def test_shards_that_changed_between_the_runs(bench: Bench, tmp_path: Path, caps
     assert_same_checkpoint(out, bench.expected)
 
 
-def test_killed_again_after_a_partial_file_was_lost(bench: Bench, tmp_path: Path) -> None:
+def test_killed_again_after_a_partial_file_was_lost(bench: Bench, half: Path, tmp_path: Path) -> None:
     """A file that is begun anew has its full size at once, but not the bytes that the journal called finished."""
-    half = half_done(bench, tmp_path / "half")
-    lost = sorted(half.rglob("rank*/*.partial")) or sorted(half.glob("model*"))
-    lost[0].unlink()
-    for moment in range(200, bench.moments, bench.moments // 4):
+    for moment in range(200, bench.moments, bench.moments // 3):
         out = shutil.copytree(half, tmp_path / str(moment))
+        lost = sorted(out.rglob("rank*/*.partial")) or sorted(out.glob("model*"))
+        lost[0].unlink()
         bench.strike(out, signal.SIGKILL, moment)
         complete = (out / bench.last).exists() and not (out / JOURNAL_NAME).exists()
         assert main(bench.argv(out)) == (5 if complete else 0)
@@ -294,7 +299,6 @@ TENSOR_DAMAGE: dict[str, Change] = {
 
 def assert_damage_is_found(bench: Bench, out: Path, change: Change, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is left out in silence of what a journal was to say."""
-    half_done(bench, out)
     lines = (out / JOURNAL_NAME).read_text().splitlines()
     (out / JOURNAL_NAME).write_text("".join(line + "\n" for line in change(lines)))
     assert main(bench.argv(out)) == 5
@@ -305,14 +309,14 @@ def assert_damage_is_found(bench: Bench, out: Path, change: Change, capsys: pyte
 @pytest.mark.parametrize("bench", ["shard", "ranks"], indirect=True)
 @pytest.mark.parametrize("damage", FILE_DAMAGE)
 def test_a_journal_that_lost_a_file(
-    bench: Bench, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bench: Bench, half: Path, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert_damage_is_found(bench, tmp_path / "out", FILE_DAMAGE[damage], capsys)
+    assert_damage_is_found(bench, shutil.copytree(half, tmp_path / "out"), FILE_DAMAGE[damage], capsys)
 
 
 @pytest.mark.parametrize("bench", ["ranks", "merge-ranks"], indirect=True)
 @pytest.mark.parametrize("damage", TENSOR_DAMAGE)
 def test_a_journal_that_lost_a_tensor(
-    bench: Bench, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bench: Bench, half: Path, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert_damage_is_found(bench, tmp_path / "out", TENSOR_DAMAGE[damage], capsys)
+    assert_damage_is_found(bench, shutil.copytree(half, tmp_path / "out"), TENSOR_DAMAGE[damage], capsys)

@@ -32,7 +32,7 @@ def write_rank_certificates(source: Checkpoint, layout: ShardedLayout, journal: 
         files = []
         for rank in range(layout.grid.ranks):
             file = stack.enter_context(StreamedFile(out / rank_folder(rank) / CERTIFICATE_NAME))
-            file.write(_line(_header(source, f"rank {rank} of {layout.grid}", len(layout.held_by(rank)))))
+            file.write(_line(rank_certificate_header(source, layout, rank).to_json()))
             files.append(file)
         left = {(name, number) for name, own in shares.items() for number in range(len(own))}
         for name, number, line in _tensor_lines(journal, left):
@@ -53,15 +53,20 @@ def write_whole_certificate(source: Checkpoint, journal: Journal, out: Path) -> 
     """
 
     def lines() -> Iterator[bytes]:
-        yield _line(_header(source, source.scheme.name, len(source.tensors)))
+        yield _line(_header(source, source.scheme.name, len(source.tensors)).to_json())
         for _, _, line in _tensor_lines(journal, {(name, 0) for name in source.tensors}):
             yield line
 
     write_file(out / CERTIFICATE_NAME, lines())
 
 
-def _header(source: Checkpoint, target: str, tensors: int) -> dict[str, object]:
-    header = CertificateHeader(
+def rank_certificate_header(source: Checkpoint, layout: ShardedLayout, rank: int) -> CertificateHeader:
+    """First line of a rank's certificate."""
+    return _header(source, f"rank {rank} of {layout.grid}", len(layout.held_by(rank)))
+
+
+def _header(source: Checkpoint, target: str, tensors: int) -> CertificateHeader:
+    return CertificateHeader(
         tool_version=v4quant.__version__,
         source_id=source.source_id(),
         source_format=source.scheme.name,
@@ -69,7 +74,6 @@ def _header(source: Checkpoint, target: str, tensors: int) -> dict[str, object]:
         config_sha256=hashlib.sha256(source.config_bytes).hexdigest(),
         tensors=tensors,
     )
-    return header.to_json()
 
 
 def _tensor_lines(journal: Journal, expected: set[tuple[str, int]]) -> Iterator[tuple[str, int, bytes]]:

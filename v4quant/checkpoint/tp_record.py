@@ -23,7 +23,7 @@ from v4quant.errors import CheckpointError
 
 RECORD_VERSION = 2
 # A release has about a hundred files, each of them two lines.
-_MAX_RECORD_BYTES = 64 * 2**20
+MAX_RECORD_BYTES = 64 * 2**20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _COMPONENT = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,250}")
 _HINT = "Shard the checkpoint again; this file was edited or damaged."
@@ -106,7 +106,7 @@ def read_record(files: Files) -> ShardsRecord:
         CheckpointError: if it is not such a file, or of another version.
     """
     where = f"{files.where}/{SHARDS_NAME}"
-    if files.size(SHARDS_NAME) > _MAX_RECORD_BYTES:
+    if files.size(SHARDS_NAME) > MAX_RECORD_BYTES:
         raise CheckpointError(f"{where}: has {files.size(SHARDS_NAME):,} bytes, expected a small file", hint=_HINT)
     try:
         told = strict_json.parse(files.read(SHARDS_NAME))

@@ -61,7 +61,7 @@ def _verify(out: Path, against: Path | None, workers: int) -> tuple[int, "Verify
     from v4quant.checkpoint.certificate import CERTIFICATE_NAME
     from v4quant.checkpoint.files import Files
     from v4quant.checkpoint.reader import open_checkpoint, open_source
-    from v4quant.checkpoint.tp_verify import is_rank_folder, verify_sharded
+    from v4quant.checkpoint.tp_verify import is_rank_folder, verify_rank, verify_sharded
     from v4quant.checkpoint.tp_whole import WholeFiles
     from v4quant.checkpoint.verify import verify_against, verify_hashes
 
@@ -69,7 +69,7 @@ def _verify(out: Path, against: Path | None, workers: int) -> tuple[int, "Verify
     if is_rank_folder(files) and against is None:
         part = open_source(files, is_part=True)
         with byte_progress(part.bytes, "verify") as advance:
-            return len(part.tensors), verify_hashes(part, workers=workers, progress=advance), "certificate"
+            return len(part.tensors), verify_rank(part, workers=workers, progress=advance), "certificate"
     checkpoint = open_checkpoint(out)
     source = open_checkpoint(against) if against else None
     what = f"values of {against}" if against else "certificate"
