@@ -4,21 +4,30 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.sharding import merge, shard, write_wide
 from tests.checkpoint.test_disk import fail_at
-from v4quant.checkpoint import output
+from v4quant.checkpoint import output, tp_folder
 from v4quant.checkpoint.grid import Grid
+from v4quant.checkpoint.header import build_header
 from v4quant.checkpoint.journal import lock_journal
 from v4quant.checkpoint.reader import JOURNAL_NAME, SHARDS_NAME, open_checkpoint
 from v4quant.checkpoint.shard import apply_shard, plan_shard
+from v4quant.checkpoint.tp_files import ExtraTensors, Run
 from v4quant.checkpoint.tp_folder import open_sharded
+from v4quant.checkpoint.tp_record import FileRecord, ShardsRecord
+from v4quant.checkpoint.tp_rules import Layout
 from v4quant.cli.main import main
+from v4quant.config import CONFIG_NAME
 from v4quant.errors import CheckpointError, OutputError
 from v4quant.testing.asserts import assert_same_checkpoint
 
@@ -197,6 +206,8 @@ CASES: dict[str, tuple[Break, str]] = {
     "a file in a file": (with_file("README.md/a"), "is no name of a file without weights"),
     "a file that is a shard": (with_file("model-00001-of-00006.safetensors"), "is no name of a file without weights"),
     "a journal": (with_file(JOURNAL_NAME), "is no name of a file"),
+    "a record of a sharded folder": (with_file(SHARDS_NAME), "is no name of a file"),
+    "a file in a folder in a file": (with_file("README.md/a/b"), "is no name of a file without weights"),
     "a file that no one kept": (with_file("more.txt"), f"{EXTRA}: its header is not the one"),
 }
 
@@ -218,6 +229,64 @@ def test_merge_refuses(
     assert "\n" not in message + hint
     assert "Traceback" not in printed.err
     assert not out.exists()
+
+
+def hostile(folder: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], grid: Grid, *, files: int = 0) -> Path:
+    """A sharded folder without ranks, whose record and extra file tell of these tensors, and of so many files."""
+    header, entries = build_header(tensors, file="model.safetensors")
+    run = Run(grid, Layout.RANKS, "0" * 64, max_shard_bytes=10**9)
+    kept = {CONFIG_NAME: 0} | {f"{number}/a": 0 for number in range(files)}
+    extra = ExtraTensors({"model.safetensors": len(header)}, kept).file([], run)
+    (folder / EXTRA).write_bytes(extra.header + header)
+    size = max(entry.stop for entry in entries)
+    weights = {"model.safetensors": FileRecord("model.safetensors", size, "0" * 64)}
+    record = ShardsRecord(run, weights, {name: FileRecord(name, 0, "0" * 64) for name in kept})
+    (folder / SHARDS_NAME).write_bytes(record.to_bytes("0"))
+    return folder
+
+
+def test_kept_headers_that_cannot_be_laid_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half bytes, and more tensors, or copies of them in ranks by the thousand, than memory should be asked for."""
+    odd = hostile(tmp_path, [("layers.0.attn.wq_b.weight", "F4", (2, 3, 2))], Grid(4))
+    with pytest.raises(CheckpointError, match=r"wq_b.weight is F4 \[2, 3, 2\], not to be cut into 4"):
+        open_sharded(odd)
+    odd = hostile(tmp_path, [("layers.0.attn.wo_b.weight", "F4", (2, 2))], Grid(2))
+    with pytest.raises(CheckpointError, match="not to be cut into 2"):
+        open_sharded(odd)
+    many = [(f"layers.{number}.attn_norm.weight", "BF16", (1,)) for number in range(3_000)]
+    with pytest.raises(CheckpointError, match="3,072,000 tensors in all ranks together, expected at most 3,000,000"):
+        open_sharded(hostile(tmp_path, many, Grid(1, 1024)))
+    monkeypatch.setattr(tp_folder, "MAX_TENSORS", 2_999)
+    with pytest.raises(CheckpointError, match="tells of more than 2,999 tensors"):
+        open_sharded(hostile(tmp_path, many, Grid(1)))
+
+
+def test_a_record_of_many_files_is_read_in_one_pass(tmp_path: Path) -> None:
+    """50,000 files; with a set of all made for each of them this took six minutes."""
+    folder = hostile(tmp_path, [("layers.0.attn_norm.weight", "BF16", (1,))], Grid(1), files=50_000)
+    with pytest.raises(CheckpointError, match="is missing, expected 1 folders of ranks"):
+        open_sharded(folder)
+
+
+@pytest.mark.parametrize("name", ["a\\b.txt", "rank-000", "rank-001/a.txt", "y" * 252])
+def test_names_that_merge_would_refuse_are_not_sharded(name: str, tmp_path: Path) -> None:
+    """What could not be put together again is not taken apart."""
+    source = write_wide(tmp_path / "source")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_text("mine")
+    with pytest.raises(CheckpointError, match=r"is no name of a file|where the folder of a rank will be") as refusal:
+        plan_shard(open_checkpoint(source), Grid(2), Layout.RANKS)
+    assert "Rename" in str(refusal.value.hint)
+
+
+def test_weight_files_that_merge_would_refuse_are_not_sharded(tmp_path: Path) -> None:
+    source = write_wide(tmp_path / "source")
+    first = "model-00001-of-00006.safetensors"
+    (source / first).rename(source / "a\\b.safetensors")
+    index = source / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(first, "a\\\\b.safetensors"))
+    with pytest.raises(CheckpointError, match="is no name of a weight file"):
+        plan_shard(open_checkpoint(source), Grid(2))
 
 
 def test_what_is_not_ours_does_not_matter(sharded: Path, source: Path, tmp_path: Path) -> None:
@@ -408,3 +477,31 @@ def test_a_source_that_changes_while_it_is_read(name: str, tmp_path: Path) -> No
     assert caught.value.hint
     assert not (out / SHARDS_NAME).exists()
     assert not list(out.glob("*.safetensors"))
+
+
+def run_with_open_files(soft: int, hard: int, argv: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Run a command line in a process that may have so many files open, or raise its limit to `hard`."""
+    code = (
+        "import resource, sys; from v4quant.cli.main import main; "
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard})); sys.exit(main(sys.argv[1:]))"
+    )
+    return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
+
+
+def test_few_open_files(source: Path, tmp_path: Path) -> None:
+    """All of a rank's files grow together where the checkpoint is one file; two descriptors each."""
+    single = tmp_path / "single"
+    shutil.copytree(source, single, ignore=shutil.ignore_patterns("model*"))
+    tensors: dict[str, torch.Tensor] = {}
+    for path in source.glob("*.safetensors"):
+        tensors |= load_file(path)
+    save_file(tensors, single / "model.safetensors")
+    argv = ["shard", str(single), str(tmp_path / "out"), "--ep", "4", "--max-shard-size", "500kB"]
+    refused = run_with_open_files(60, 60, argv)
+    assert refused.returncode in (3, 5)
+    assert "Too many open files\nhint: Allow more open files (ulimit -n)" in refused.stderr
+    allowed = run_with_open_files(120, 4096, argv)
+    assert allowed.returncode == 0, allowed.stderr
+    merge(tmp_path / "out", tmp_path / "back")
+    (tmp_path / "back" / "v4quant.certificate.jsonl").unlink()
+    assert_same_checkpoint(tmp_path / "back", single)

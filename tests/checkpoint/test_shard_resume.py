@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.sharding import shard, write_wide
+from tests.checkpoint.sharding import shard, split, write_wide
 from tests.checkpoint.test_resume import ROOT, Outcome, strike
+from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.reader import JOURNAL_NAME, SHARDS_NAME, open_checkpoint
 from v4quant.checkpoint.tp_folder import open_sharded
 from v4quant.cli.main import main
@@ -60,6 +61,9 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "merge":
         shard(source, sharded, 2, fp8_experts=True)
         command = (["merge", str(sharded)], [])
+    if request.param == "merge-ranks":
+        split(source, sharded, Grid(2, 2))
+        command = (["merge", str(sharded)], [])
     undisturbed = [*command[0], str(expected), *command[1]]
     program = [sys.executable, "-m", "tests.checkpoint.crash_server", *undisturbed]
     pipe = subprocess.PIPE
@@ -67,7 +71,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         (root / "stderr").open("w") as log,
         subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=log, text=True, cwd=ROOT) as server,
     ):
-        is_merge = request.param == "merge"
+        is_merge = request.param.startswith("merge")
         bench = Bench(command, expected, "config.json" if is_merge else SHARDS_NAME, not is_merge, server)
         outcome = bench.strike(root / "counted", signal.SIGKILL, -1)
         assert outcome.exit == 0, outcome.errors
@@ -171,6 +175,12 @@ def half_done(bench: Bench, out: Path) -> Path:
     raise AssertionError("no such moment")
 
 
+@pytest.fixture(scope="module")
+def half(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, to be copied."""
+    return half_done(bench, tmp_path_factory.mktemp("half") / "out")
+
+
 @pytest.mark.parametrize("lost", [1, 100, 400])
 def test_a_torn_journal(bench: Bench, tmp_path: Path, lost: int, capsys: pytest.CaptureFixture[str]) -> None:
     """After a power cut the last lines may be missing or torn: at most a few files are done again."""
@@ -242,3 +252,71 @@ def test_shards_that_changed_between_the_runs(bench: Bench, tmp_path: Path, caps
     assert "its source has changed since it began: model1-mp2.safetensors" in capsys.readouterr().err
     assert main([*own.argv(out), "--overwrite"]) == 0
     assert_same_checkpoint(out, bench.expected)
+
+
+def test_killed_again_after_a_partial_file_was_lost(bench: Bench, half: Path, tmp_path: Path) -> None:
+    """A file that is begun anew has its full size at once, but not the bytes that the journal called finished."""
+    for moment in range(200, bench.moments, bench.moments // 3):
+        out = shutil.copytree(half, tmp_path / str(moment))
+        lost = sorted(out.rglob("rank*/*.partial")) or sorted(out.glob("model*"))
+        lost[0].unlink()
+        bench.strike(out, signal.SIGKILL, moment)
+        complete = (out / bench.last).exists() and not (out / JOURNAL_NAME).exists()
+        assert main(bench.argv(out)) == (5 if complete else 0)
+        assert_same_checkpoint(out, bench.expected)
+
+
+Change = Callable[[list[str]], list[str]]
+
+
+def in_line(number: int, **changes: object) -> Change:
+    """Change a journal's record; None removes a key."""
+
+    def change(lines: list[str]) -> list[str]:
+        entry = json.loads(lines[number])
+        entry["record"] = {k: v for k, v in (entry["record"] | changes).items() if v is not None}
+        return [*lines[:number], json.dumps(entry), *lines[number + 1 :]]
+
+    return change
+
+
+# Line 0 is the journal's header, line 1 the first file; its tensors follow in merges and of rank folders.
+FILE_DAMAGE: dict[str, Change] = {
+    "a file is missing": lambda lines: [lines[0], *lines[2:]],
+    "another file": in_line(1, file="x.safetensors"),
+    "another size": in_line(1, bytes=1),
+}
+TENSOR_DAMAGE: dict[str, Change] = {
+    "a tensor is missing": lambda lines: [*lines[:2], *lines[3:]],
+    "another tensor": in_line(2, tensor="x"),
+    "a tensor that is a number": in_line(2, tensor=3),
+    "another share": in_line(2, share=99),
+    "a share that is text": in_line(2, share="0"),
+    "no share": in_line(2, share=None),
+    "a tensor twice": lambda lines: [*lines[:3], *lines[2:]],
+}
+
+
+def assert_damage_is_found(bench: Bench, out: Path, change: Change, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is left out in silence of what a journal was to say."""
+    lines = (out / JOURNAL_NAME).read_text().splitlines()
+    (out / JOURNAL_NAME).write_text("".join(line + "\n" for line in change(lines)))
+    assert main(bench.argv(out)) == 5
+    assert "The journal was edited or damaged" in capsys.readouterr().err
+    assert not (out / bench.last).exists()
+
+
+@pytest.mark.parametrize("bench", ["shard", "ranks"], indirect=True)
+@pytest.mark.parametrize("damage", FILE_DAMAGE)
+def test_a_journal_that_lost_a_file(
+    bench: Bench, half: Path, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_damage_is_found(bench, shutil.copytree(half, tmp_path / "out"), FILE_DAMAGE[damage], capsys)
+
+
+@pytest.mark.parametrize("bench", ["ranks", "merge-ranks"], indirect=True)
+@pytest.mark.parametrize("damage", TENSOR_DAMAGE)
+def test_a_journal_that_lost_a_tensor(
+    bench: Bench, half: Path, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_damage_is_found(bench, shutil.copytree(half, tmp_path / "out"), TENSOR_DAMAGE[damage], capsys)

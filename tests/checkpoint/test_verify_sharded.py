@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,16 @@ import pytest
 from tests.checkpoint.conversion import convert, edit
 from tests.checkpoint.sharding import shard, split, write_wide
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME
+from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.header import TensorEntry
+from v4quant.checkpoint.reader import SHARDS_NAME, open_checkpoint
 from v4quant.checkpoint.tp_folder import open_sharded
+from v4quant.checkpoint.tp_verify import _ComparedFiles, verify_sharded
+from v4quant.checkpoint.tp_whole import WholeFiles
 from v4quant.cli.main import main
+from v4quant.errors import CheckpointError
+from v4quant.formats.cast import Scratch
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +164,138 @@ def test_another_checkpoint(sharded: dict[str, Path], tmp_path: Path, capsys: py
     code, found = verify(sharded["ranks"], capsys, "--against", str(other))
     assert code == 1
     assert found.keys() == {"layers.1.attn.wkv.weight"}
+
+
+def first_line(**changes: object) -> Callable[[list[str]], list[str]]:
+    return lambda lines: [json.dumps(json.loads(lines[0]) | changes), *lines[1:]]
+
+
+def second_line(**changes: object) -> Callable[[list[str]], list[str]]:
+    return lambda lines: [lines[0], json.dumps(json.loads(lines[1]) | changes), *lines[2:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (first_line(tensors=1), "has another first line"),
+        (first_line(target="rank 2 of --tp 2 --ep 2 --pp 2"), "has another first line"),
+        (first_line(source_id="0" * 64), "has another first line"),
+        (first_line(config_sha256="0" * 64), "has another first line"),
+        (second_line(dtype="F32"), "is not what its line in rank-003"),
+        (second_line(sources={}), "is not what its line in rank-003"),
+        (second_line(sha256="0" * 64), "has another sha256 than rank-003"),
+        (lambda lines: [*lines, lines[1]], "has two lines in rank-003"),
+    ],
+)
+def test_a_certificate_that_says_something_else(
+    change: Callable[[list[str]], list[str]],
+    reason: str,
+    sharded: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(sharded["ranks"], tmp_path / "edited")
+    path = folder / "rank-003" / CERTIFICATE_NAME
+    path.write_text("".join(f"{line}\n" for line in change(path.read_text().splitlines())))
+    code, found = verify(folder, capsys)
+    assert code == 1
+    assert len(found) == 1
+    assert reason in next(iter(found.values()))
+
+
+def test_a_damaged_scale_is_named_with_its_byte(
+    sharded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an FP8 expert, whose FP4 codes and scales say what it must be."""
+    folder = shutil.copytree(sharded["fp8"], tmp_path / "damaged")
+    scale = open_sharded(folder).layout.held_by(0)["layers.0.ffn.experts.1.w2.scale"]
+    data = bytearray((folder / scale.file).read_bytes())
+    data[scale.start + 1] ^= 4
+    (folder / scale.file).write_bytes(data)
+    code, found = verify(folder, capsys)
+    assert code == 1
+    reason = f"in {scale.file} is not fp4 codes times scale, first in byte 1 of {scale.name}"
+    assert found == {scale.name.replace(".scale", ".weight"): reason}
+
+
+def test_what_cannot_be_read_is_no_mismatch(sharded: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = open_checkpoint(sharded["ranks"])
+    assert isinstance(whole.files, WholeFiles)
+
+    def fail(*_: object) -> None:
+        raise CheckpointError("x: cannot read: Too many open files") from OSError()
+
+    monkeypatch.setattr(whole.files, "read_into", fail)
+    with pytest.raises(CheckpointError, match="Too many open files"):
+        verify_sharded(whole, whole.files.folder, None, progress=lambda _count, _file: None)
+
+
+def test_one_buffer_whatever_the_number_of_copies(sharded: dict[str, Path]) -> None:
+    """A dense tensor has a copy in each of hundreds of ranks; each is read into the same buffer."""
+    scratch = Scratch()
+    compared = _ComparedFiles(Files(sharded["ranks"]), scratch)
+    for rank in range(4):
+        path = sharded["ranks"] / f"rank-{rank:03d}" / "model-00001-of-00003.safetensors"
+        data = path.read_bytes()[:1000]
+        compared[f"rank-{rank:03d}/{path.name}"].write(memoryview(data), 0)
+    assert not compared.found
+    assert sum(buffer.size for buffer in scratch._slots.values()) == 1000
+
+
+RankChange = Callable[[Path, Path], object]
+
+
+def in_record(**changes: object) -> RankChange:
+    def change(folder: Path, _: Path) -> None:
+        record = json.loads((folder / SHARDS_NAME).read_text())
+        (folder / SHARDS_NAME).write_text(json.dumps(record | changes))
+
+    return change
+
+
+def move_cut(folder: Path, _: Path) -> None:
+    record = json.loads((folder / SHARDS_NAME).read_text())
+    record["cut"]["embed.weight"]["start"] = 0
+    (folder / SHARDS_NAME).write_text(json.dumps(record))
+
+
+def whole_in_record(folder: Path, _: Path) -> None:
+    record = json.loads((folder / SHARDS_NAME).read_text())
+    del record["cut"]["embed.weight"]
+    (folder / SHARDS_NAME).write_text(json.dumps(record))
+
+
+RANK_RECORDS: dict[str, tuple[RankChange, str]] = {
+    "of the rank before": (lambda folder, other: shutil.copy(other / SHARDS_NAME, folder), "says of experts"),
+    "another rank": (in_record(rank=1), "says of place what is not so"),
+    "a copy's rank": (in_record(rank=7, place={"tp": 1, "ep": 1, "pp": 1}), "is not of the rank and the run"),
+    "another run": (in_record(run="0" * 64), "is not of the rank and the run"),
+    "other experts": (in_record(experts=[0, 2]), "says of experts what is not so"),
+    "other layers": (in_record(layers=[0, 3]), "says of layers what is not so"),
+    "a share moved": (move_cut, "says of cut what is not so"),
+    "a share called whole": (whole_in_record, "says of cut what is not so"),
+    "no such rank": (in_record(rank=8), "says of rank what is not so"),
+    "no such grid": (in_record(grid={"tp": 0, "ep": 2, "pp": 2}), "says of grid what is not so"),
+    "a grid of text": (in_record(grid="x"), "says of grid what is not so"),
+    "another number of ranks": (in_record(ranks=4), "says of ranks what is not so"),
+}
+
+
+@pytest.mark.parametrize("case", RANK_RECORDS)
+def test_a_rank_whose_record_is_not_its_own(
+    case: str, sharded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What says which part of the model this is must fit the files that lie beside it."""
+    change, reason = RANK_RECORDS[case]
+    folder = shutil.copytree(sharded["ranks"] / "rank-003", tmp_path / "rank")
+    change(folder, sharded["ranks"] / "rank-002")
+    code, found = verify(folder, capsys)
+    assert code == 1
+    assert any(reason in what for what in found.values()), found
+
+
+def test_a_rank_without_config(sharded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(sharded["ranks"] / "rank-003", tmp_path / "rank")
+    (folder / "config.json").unlink()
+    assert main(["verify", str(folder)]) == 3
+    assert "has no config.json" in capsys.readouterr().err

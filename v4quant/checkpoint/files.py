@@ -5,6 +5,7 @@ trusted because every Hub download has it: `snapshots/REVISION/FILE -> ../../blo
 """
 
 import contextlib
+import errno
 import os
 import stat
 import threading
@@ -239,9 +240,10 @@ def _read_errors(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
-            f"{where}: cannot read: {error.strerror or error}", hint="Check the disk and the file's permissions."
-        ) from error
+        hint = "Check the disk and the file's permissions."
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            hint = "Allow more open files (ulimit -n), then run the command again."
+        raise CheckpointError(f"{where}: cannot read: {error.strerror or error}", hint=hint) from error
 
 
 class _Handle:

@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -20,6 +20,9 @@ from v4quant.checkpoint.file_stamp import is_same_fingerprint
 from v4quant.checkpoint.output import disk_errors, sync_folder
 from v4quant.checkpoint.reader import JOURNAL_NAME
 from v4quant.errors import CheckpointError, OutputError
+
+# How lines begin after which a journal may end.
+_CLOSING = (b'{"finished"', b'{"struck"')
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Journal:
         assert found is not None, "a journal without a header is begun, not resumed"
         _require_same(self.path.parent, found, header)
         self._drop_unfinished_tail()
-        self.finished = {shard for shard, _ in _shard_starts(self.path)}
+        self.finished = set(_shard_starts(self.path))
 
     def append(self, shard: str, records: Sequence[Record]) -> None:
         """Record a finished shard durably; call it after the shard has its final name.
@@ -117,14 +120,27 @@ class Journal:
             os.fsync(self._file.fileno())
         self.finished.add(shard)
 
+    def strike(self, shards: Iterable[str]) -> None:
+        """Record durably that shards are finished no more, before what is left of their files is written over.
+
+        Raises:
+            OutputError: if the disk refuses.
+        """
+        struck = self.finished.intersection(shards)
+        if struck:
+            with disk_errors(self.path):
+                self._file.writelines(json.dumps({"struck": shard}) + "\n" for shard in sorted(struck))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self.finished -= struck
+
     def records(self) -> Iterator[TensorRecord]:
         """Certificate lines of all finished shards, in shard order; one shard in memory at a time."""
         return (TensorRecord.from_json(record, str(self.path)) for record in self.objects())
 
     def objects(self) -> Iterator[object]:
         """Records of all finished shards as the JSON that they were written as, in shard order."""
-        # A shard that was done twice counts as it was done last.
-        where = {shard: start for shard, start in _shard_starts(self.path) if shard in self.finished}
+        where = {shard: start for shard, start in _shard_starts(self.path).items() if shard in self.finished}
         with self.path.open("rb") as file:
             for shard in sorted(where):
                 file.seek(where[shard])
@@ -140,7 +156,7 @@ class Journal:
         with self.path.open("rb") as raw:
             for number, line in enumerate(raw):
                 position += len(line)
-                if line.endswith(b"\n") and (number == 0 or line.startswith(b'{"finished"')):
+                if line.endswith(b"\n") and (number == 0 or line.startswith(_CLOSING)):
                     end = position
         with disk_errors(self.path):
             self._file.truncate(end)
@@ -192,16 +208,21 @@ def _require_same(folder: Path, found: JournalHeader, wanted: JournalHeader) -> 
         )
 
 
-def _shard_starts(path: Path) -> Iterator[tuple[str, int]]:
-    """Finished shards and the byte where their lines begin."""
+def _shard_starts(path: Path) -> dict[str, int]:
+    """Finished shards, and of each the byte where its lines begin; one that was done twice counts as done last."""
+    found: dict[str, int] = {}
     with path.open("rb") as file:
-        start = len(file.readline())
-        position = start
+        start = position = len(file.readline())
         for line in file:
             position += len(line)
-            if line.startswith(b'{"finished"'):
-                yield str(_parse_line(path, line)["finished"]), start
+            if line.startswith(_CLOSING):
+                entry = _parse_line(path, line)
+                if "finished" in entry:
+                    found[str(entry["finished"])] = start
+                else:
+                    found.pop(str(entry.get("struck")), None)
                 start = position
+    return found
 
 
 def _parse_line(path: Path, line: bytes) -> dict[str, Any]:

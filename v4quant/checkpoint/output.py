@@ -5,6 +5,7 @@ folder a checkpoint (config and index) is written last, and removed first.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -32,9 +33,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        remedy = "Free space or choose another folder"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = "Allow more open files (ulimit -n)"
         raise OutputError(
             f"{path}: cannot write: {error.strerror or error}",
-            hint="Free space or choose another folder, then run the command again; finished shards are kept.",
+            hint=f"{remedy}, then run the command again; finished shards are kept.",
         ) from error
 
 

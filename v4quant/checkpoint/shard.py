@@ -29,13 +29,13 @@ from v4quant.checkpoint.tp_hashes import FileHash, ShareRecord, TensorHashes
 from v4quant.checkpoint.tp_layout import ShardedLayout, SourceFile, lay_out_ranks
 from v4quant.checkpoint.tp_outputs import Outputs, files_of, partial_path
 from v4quant.checkpoint.tp_rank_folder import files_beside
-from v4quant.checkpoint.tp_record import FileRecord, ShardsRecord
+from v4quant.checkpoint.tp_record import FileRecord, ShardsRecord, require_sound_names
 from v4quant.checkpoint.tp_rules import MOST_RANKS_LISTED, Layout, obstacles, working_shares
 from v4quant.checkpoint.tp_stream import piece_memory_bytes, scatter
 from v4quant.checkpoint.units import Advance, work_through
 from v4quant.config import CONFIG_NAME
 from v4quant.encodings import BF16, FP4
-from v4quant.errors import CheckFailedError, InterruptedRunError, UsageError
+from v4quant.errors import CheckFailedError, CheckpointError, InterruptedRunError, OutputError, UsageError
 from v4quant.formats import FORMATS
 
 # What of each weight file tells two checkpoints of the same shapes apart, at its data's beginning and end.
@@ -156,6 +156,7 @@ def plan_shard(
     """
     source.require_sound()
     require_side_files_fit(source)
+    _require_names_fit(source, grid, layout)
     _require_works(source, grid, layout)
     if fp8_experts and source.scheme.expert == BF16:
         raise UsageError(
@@ -167,6 +168,23 @@ def plan_shard(
     run = Run(grid, layout, _sample(source), fp8_experts, limit, packing)
     kept = {name: source.files.size(name) for name in kept_files(source)}
     return ShardPlan(source, lay_out_ranks(_source_files(source), kept, run), side_files(source))
+
+
+def _require_names_fit(source: Checkpoint, grid: Grid, layout: Layout) -> None:
+    """Find out before hours of work which names `merge` would refuse, or would lie where a rank does."""
+    require_sound_names(
+        source.where,
+        source.header_sha256,
+        kept_files(source),
+        hint="Rename this file in the checkpoint, then shard it.",
+    )
+    ranks = {rank_folder(rank) for rank in range(grid.ranks)} if layout is Layout.RANKS else set()
+    for name in side_files(source):
+        if name.partition("/")[0] in ranks:
+            raise CheckpointError(
+                f"{source.where}/{name}: is or lies where the folder of a rank will be, expected another name",
+                hint="Rename it, then shard the checkpoint.",
+            )
 
 
 def _require_works(source: Checkpoint, grid: Grid, layout: Layout) -> None:
@@ -244,7 +262,7 @@ def apply_shard(
             hint="Run the same command again to continue.",
         ) from None
     finally:
-        if journal.finished:
+        if journal.finished or any(is_there(out / file.name, file.file_bytes) for file in plan.layout.files):
             journal.close()
         else:
             remove_partial_files(out)
@@ -258,9 +276,10 @@ def _resume(plan: ShardPlan, out: Path, journal: Journal) -> None:
     whole = {
         name for name, size in sizes.items() if is_there(out / name, size) or is_there(partial_path(out / name), size)
     }
-    journal.finished = {
-        source for source, files in files_of(plan.layout).items() if source in journal.finished and files <= whole
-    }
+    lost = {source for source, files in files_of(plan.layout).items() if not files <= whole}
+    # Durably: a file that is begun anew has its full size long before it has the bytes that are finished otherwise.
+    journal.strike(lost)
+    journal.finished &= plan.layout.placements.keys()
     require_disk_space(out, plan.disk_bytes - sum(sizes[name] for name in whole))
 
 
@@ -342,8 +361,7 @@ def _complete(plan: ShardPlan, out: Path, journal: Journal, resumed: int) -> Sha
     write_side_files(plan.source, None, after, plan.side_files, out)
     if plan.run.layout is Layout.RANKS:
         _write_beside(plan, out, journal)
-    lines = (line for line in journal.objects() if isinstance(line, dict) and "file" in line)
-    weights = {r.file: r for r in (FileRecord.from_json(line, str(journal.path)) for line in lines)}
+    weights = _journalled(plan, journal)
     kept = {name: _hashed(plan.source, name) for name in plan.kept}
     for name, file in kept.items():
         _require_noted(plan.source, name, file.sha256)
@@ -352,6 +370,25 @@ def _complete(plan: ShardPlan, out: Path, journal: Journal, resumed: int) -> Sha
     write_file(out / SHARDS_NAME, [record.to_bytes(v4quant.__version__)])
     journal.remove()
     return ShardReport(sum(r.rounded for r in weights.values()), resumed)
+
+
+def _journalled(plan: ShardPlan, journal: Journal) -> dict[str, FileRecord]:
+    """What the journal says of the weight files; each of them must be in it.
+
+    Raises:
+        OutputError: if one is not: a sharded folder that does not list a file would have lost it.
+    """
+    lines = (line for line in journal.objects() if isinstance(line, dict) and "file" in line)
+    weights = {r.file: r for r in (FileRecord.from_json(line, str(journal.path)) for line in lines)}
+    if {name: record.bytes for name, record in weights.items()} != {
+        name: plan.source.files.size(name) for name in plan.layout.placements
+    }:
+        raise OutputError(
+            f"{journal.path}: has lines for {len(weights):,} files, expected those of the checkpoint's "
+            f"{len(plan.layout.placements):,}",
+            hint="The journal was edited or damaged; remove the folder and shard again.",
+        )
+    return weights
 
 
 def _write_beside(plan: ShardPlan, out: Path, journal: Journal) -> None:

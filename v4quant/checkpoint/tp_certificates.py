@@ -32,19 +32,12 @@ def write_rank_certificates(source: Checkpoint, layout: ShardedLayout, journal: 
         files = []
         for rank in range(layout.grid.ranks):
             file = stack.enter_context(StreamedFile(out / rank_folder(rank) / CERTIFICATE_NAME))
-            file.write(_line(_header(source, f"rank {rank} of {layout.grid}", len(layout.held_by(rank)))))
+            file.write(_line(rank_certificate_header(source, layout, rank).to_json()))
             files.append(file)
-        written = 0
-        for line in _tensor_lines(journal):
-            number = line.pop("share")
-            for part in shares[str(line["tensor"])][int(str(number))]:
-                files[rank_of[part.file]].write(_line(line))
-            written += 1
-        if written != sum(map(len, shares.values())):
-            raise OutputError(
-                f"{journal.path}: has lines for {written:,} shares, expected {sum(map(len, shares.values())):,}",
-                hint="The journal was edited or damaged; remove the folder and shard again.",
-            )
+        left = {(name, number) for name, own in shares.items() for number in range(len(own))}
+        for name, number, line in _tensor_lines(journal, left):
+            for part in shares[name][number]:
+                files[rank_of[part.file]].write(line)
         for file in files:
             file.finish()
 
@@ -60,16 +53,20 @@ def write_whole_certificate(source: Checkpoint, journal: Journal, out: Path) -> 
     """
 
     def lines() -> Iterator[bytes]:
-        yield _line(_header(source, source.scheme.name, len(source.tensors)))
-        for line in _tensor_lines(journal):
-            del line["share"]
-            yield _line(line)
+        yield _line(_header(source, source.scheme.name, len(source.tensors)).to_json())
+        for _, _, line in _tensor_lines(journal, {(name, 0) for name in source.tensors}):
+            yield line
 
     write_file(out / CERTIFICATE_NAME, lines())
 
 
-def _header(source: Checkpoint, target: str, tensors: int) -> dict[str, object]:
-    header = CertificateHeader(
+def rank_certificate_header(source: Checkpoint, layout: ShardedLayout, rank: int) -> CertificateHeader:
+    """First line of a rank's certificate."""
+    return _header(source, f"rank {rank} of {layout.grid}", len(layout.held_by(rank)))
+
+
+def _header(source: Checkpoint, target: str, tensors: int) -> CertificateHeader:
+    return CertificateHeader(
         tool_version=v4quant.__version__,
         source_id=source.source_id(),
         source_format=source.scheme.name,
@@ -77,12 +74,34 @@ def _header(source: Checkpoint, target: str, tensors: int) -> dict[str, object]:
         config_sha256=hashlib.sha256(source.config_bytes).hexdigest(),
         tensors=tensors,
     )
-    return header.to_json()
 
 
-def _tensor_lines(journal: Journal) -> Iterator[dict[str, object]]:
-    """The journal's lines of tensors."""
-    return (line for line in journal.objects() if isinstance(line, dict) and "tensor" in line)
+def _tensor_lines(journal: Journal, expected: set[tuple[str, int]]) -> Iterator[tuple[str, int, bytes]]:
+    """Name, number of the share, and certificate line of each of the journal's tensors.
+
+    Args:
+        expected: names and numbers, each of which must come once.
+
+    Raises:
+        OutputError: if they do not.
+    """
+    left = set(expected)
+    for entry in journal.objects():
+        if not isinstance(entry, dict) or "tensor" not in entry:
+            continue
+        name, number = entry["tensor"], entry.pop("share", None)
+        if not isinstance(name, str) or type(number) is not int or (name, number) not in left:
+            raise _damaged(journal, f"has no expected line of {str(name)[:200]!a}, share {str(number)[:20]!a}")
+        left.remove((name, number))
+        yield name, number, _line(entry)
+    if left:
+        raise _damaged(journal, f"has no line of {min(left)[0]}, and of {len(left) - 1:,} more")
+
+
+def _damaged(journal: Journal, what: str) -> OutputError:
+    return OutputError(
+        f"{journal.path}: {what}", hint="The journal was edited or damaged; remove the folder and start again."
+    )
 
 
 def _line(entry: dict[str, object]) -> bytes:

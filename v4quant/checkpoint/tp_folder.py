@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from v4quant import strict_json
-from v4quant.checkpoint.files import Files
+from v4quant.checkpoint.files import Files, Source
 from v4quant.checkpoint.header import LENGTH_BYTES, TensorEntry, read_header
 from v4quant.checkpoint.layout import Shard
-from v4quant.checkpoint.reader import JOURNAL_NAME, SHARDS_NAME, TENSOR_PARALLEL_FILE
+from v4quant.checkpoint.reader import JOURNAL_NAME, MAX_TENSORS, SHARDS_NAME, TENSOR_PARALLEL_FILE
 from v4quant.checkpoint.tp_files import (
     EXTRA_NAME,
     FILE_PREFIX,
@@ -68,7 +68,7 @@ def open_sharded_folder(files: Files) -> ShardedFolder:
     _require_record(files)
     record = read_record(files)
     if EXTRA_NAME not in files:
-        _require_no_others(files, record, {name for name in files.names() if RANK_KEY in _mark(files, name)})
+        _require_no_others(files, record, {name for name in files.names() if RANK_KEY in mark_of(files, name)})
         raise _missing(files, [EXTRA_NAME], record)
     sources = _source_files(files, record)
     kept = {name: file.bytes for name, file in record.files.items()}
@@ -120,7 +120,7 @@ def _require_no_others(files: Files, record: ShardsRecord, expected: set[str]) -
     for name in files.names():
         if name in expected or not name.endswith(".safetensors") or not _may_be_ours(name):
             continue
-        mark = _mark(files, name)
+        mark = mark_of(files, name)
         if RUN_KEY in mark:
             rank = f"rank {mark[RANK_KEY]} of {mark.get(RANKS_KEY, '?')}" if RANK_KEY in mark else "the extra file"
             raise CheckpointError(
@@ -165,7 +165,7 @@ def _range_of_config(layout: ShardedLayout) -> tuple[int, int]:
     return entry.start, entry.stop
 
 
-def _mark(files: Files, name: str) -> Mapping[str, str]:
+def mark_of(files: Source, name: str) -> Mapping[str, str]:
     """What a file's metadata says, in any state of the file; nothing where it cannot be read."""
     with contextlib.suppress(CheckpointError, ValueError):
         text, _ = _header(files, name)
@@ -174,7 +174,7 @@ def _mark(files: Files, name: str) -> Mapping[str, str]:
     return {}
 
 
-def _header(files: Files, name: str) -> tuple[bytes, dict[str, TensorEntry]]:
+def _header(files: Source, name: str) -> tuple[bytes, dict[str, TensorEntry]]:
     return read_header(name, files.size(name), lambda start, stop: files.read(name, start, stop))
 
 
@@ -192,7 +192,7 @@ def _require_as_expected(files: Files, expected: Shard, layout: ShardedLayout) -
         _header(files, name)
     except CheckpointError as error:
         raise CheckpointError(f"{files.where}/{error}", hint=_HINT_AGAIN) from error
-    mark = _mark(files, name)
+    mark = mark_of(files, name)
     _require_same_run(where, mark, layout.run)
     _require_same_rank(where, name, mark, layout)
     raise CheckpointError(f"{where}: its header is not the one that v4quant shard wrote", hint=_HINT_AGAIN)
@@ -227,8 +227,8 @@ def _source_files(files: Files, record: ShardsRecord) -> list[SourceFile]:
         _, extra = _header(files, EXTRA_NAME)
     except CheckpointError as error:
         raise CheckpointError(f"{files.where}/{error}", hint=_HINT_AGAIN) from error
-    _require_same_run(f"{files.where}/{EXTRA_NAME}", _mark(files, EXTRA_NAME), record.run)
-    found = []
+    _require_same_run(f"{files.where}/{EXTRA_NAME}", mark_of(files, EXTRA_NAME), record.run)
+    found, tensors = [], 0
     for name, file in record.weights.items():
         entry = extra.get(HEADER_PREFIX + name)
         if entry is None or not LENGTH_BYTES <= entry.bytes <= file.bytes:
@@ -238,6 +238,11 @@ def _source_files(files: Files, record: ShardsRecord) -> list[SourceFile]:
             )
         header = files.read(EXTRA_NAME, entry.start, entry.stop)
         entries = _entries(files, name, file.bytes, header)
+        tensors += len(entries)
+        if tensors > MAX_TENSORS:
+            raise CheckpointError(
+                f"{files.where}/{EXTRA_NAME}: tells of more than {MAX_TENSORS:,} tensors, expected a V4 checkpoint"
+            )
         found.append(SourceFile(name, len(header), sorted(entries.values(), key=lambda e: (e.start, e.stop))))
     return found
 

@@ -22,9 +22,13 @@ from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.layout import HeaderTensor, Shard
 from v4quant.checkpoint.tp_files import ExtraTensors, Run, files_of_rank
 from v4quant.checkpoint.tp_rules import OUTPUT_A, Layout, Split, split_of
+from v4quant.dtypes import DTYPE_BITS
 from v4quant.encodings import BF16, FP4, FP8, FP8_F32_SCALE, Encoding
 from v4quant.errors import CheckpointError
 from v4quant.names import TensorName, parse_name, released_spelling, scale_name
+
+# Of tensors in all ranks together. Pro in 384 ranks of one stage, the most that its experts allow, has 1.2 million.
+MAX_COPIES = 3_000_000
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,9 @@ def lay_out_ranks(files: Sequence[SourceFile], kept_files: Mapping[str, int], ru
     drafting = _Drafting(sources, run)
     drafts = {file.name: [drafting.draft(entry) for entry in file.entries] for file in files}
     every = [draft for of_file in drafts.values() for draft in of_file]
+    copies = sum(len(holders) * len(tensors) for draft in every for holders, tensors in draft.shares)
+    if copies > MAX_COPIES:
+        raise CheckpointError(f"{copies:,} tensors in all ranks together, expected at most {MAX_COPIES:,}")
     extra = ExtraTensors({file.name: file.header_bytes for file in files}, kept_files)
     extra_file = extra.file([draft.source for draft in every if draft.is_kept], run)
     held = _held(every, run.grid.ranks)
@@ -259,8 +266,10 @@ def _parsed(name: str) -> TensorName:
 def _share(entry: TensorEntry, split: Split, shares: int) -> tuple[int, ...]:
     """Header shape of one share of the rows or columns."""
     axis = 0 if split is Split.ROWS else 1
-    if len(entry.shape) <= axis or entry.shape[axis] % shares:
-        raise CheckpointError(f"{entry.file}: {entry.name} has shape {list(entry.shape)}, not to be cut into {shares}")
+    if len(entry.shape) <= axis or entry.shape[axis] % shares or DTYPE_BITS[entry.dtype] < 8:
+        raise CheckpointError(
+            f"{entry.file}: {entry.name} is {entry.dtype} {list(entry.shape)}, not to be cut into {shares}"
+        )
     return (*entry.shape[:axis], entry.shape[axis] // shares, *entry.shape[axis + 1 :])
 
 

@@ -14,8 +14,9 @@ from v4quant.checkpoint.output import PARTIAL_SUFFIX, ShardFile, disk_errors
 from v4quant.checkpoint.run_folder import is_there
 from v4quant.checkpoint.tp_layout import ShardedLayout
 
-# Files that the process may have open besides.
-_OTHER_OPEN_FILES = 100
+# Descriptors of an output file (one of them for direct I/O), and those that the process may have besides.
+_DESCRIPTORS = 2
+_OTHER_DESCRIPTORS = 200
 
 
 def partial_path(path: Path) -> Path:
@@ -51,7 +52,7 @@ class Outputs:
         for path in {out / name for name in self._shards}:
             with disk_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-        _allow_open_files(len(self._shards) + _OTHER_OPEN_FILES)
+        _allow_open_files(_DESCRIPTORS * len(self._shards) + _OTHER_DESCRIPTORS)
 
     def __getitem__(self, name: str) -> ShardFile:
         """A file, opened if it is not yet."""

@@ -5,17 +5,18 @@ each tensor that is cut the axis, the range and the shape of the whole. All othe
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from v4quant.checkpoint.grid import Place
+from v4quant.checkpoint.grid import MAX_RANKS, Grid, Place
+from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.index import INDEX_NAME, build_index
 from v4quant.checkpoint.layout import Shard
 from v4quant.checkpoint.reader import SHARDS_NAME
 from v4quant.checkpoint.tp_files import rank_folder
 from v4quant.checkpoint.tp_layout import Placement, ShardedLayout
 from v4quant.checkpoint.tp_record import RECORD_VERSION
-from v4quant.checkpoint.tp_rules import Split
+from v4quant.checkpoint.tp_rules import Layout, Split, split_of
 from v4quant.names import parse_name
 
 
@@ -58,12 +59,17 @@ def _cut(place: Placement, number: int) -> dict[str, Any]:
 
 def _record(layout: ShardedLayout, place: Place, cuts: Mapping[str, Any]) -> bytes:
     """What a rank holds."""
-    grid = layout.grid
-    names = [parsed for name in layout.held_by(place.rank) if (parsed := parse_name(name))]
-    told = {
+    run = layout.run
+    return _json(_told(place, run.id, run.source, layout.held_by(place.rank), cuts)).encode()
+
+
+def _told(place: Place, run: str, source: str, tensors: Iterable[str], cuts: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a rank's record."""
+    grid, names = place.grid, [parsed for name in tensors if (parsed := parse_name(name))]
+    return {
         "shards": RECORD_VERSION,
-        "run": layout.run.id,
-        "source": layout.run.source,
+        "run": run,
+        "source": source,
         "grid": {"tp": grid.tp, "ep": grid.ep, "pp": grid.pp},
         "rank": place.rank,
         "ranks": grid.ranks,
@@ -73,7 +79,38 @@ def _record(layout: ShardedLayout, place: Place, cuts: Mapping[str, Any]) -> byt
         "experts": _range({name.expert for name in names if name.expert >= 0}),
         "cut": dict(sorted(cuts.items())),
     }
-    return _json(told).encode()
+
+
+def wrong_keys(told: object, tensors: Mapping[str, TensorEntry]) -> list[str]:
+    """Keys under which a rank's record does not say what follows from its grid, its rank and these tensors.
+
+    Args:
+        told: the record, parsed; hostile.
+        tensors: what lies in the rank's folder.
+    """
+    grid, rank = (told.get("grid"), told.get("rank")) if isinstance(told, dict) else (None, None)
+    if not isinstance(told, dict) or not isinstance(grid, dict) or grid.keys() != {"tp", "ep", "pp"}:
+        return ["grid"]
+    if not all(type(count) is int and 1 <= count <= MAX_RANKS for count in grid.values()):
+        return ["grid"]
+    if type(rank) is not int or not 0 <= rank < Grid(**grid).ranks:
+        return ["rank"]
+    place = Grid(**grid).place(rank)
+    cuts = {name: cut for name, entry in tensors.items() if (cut := _cut_of_part(place, entry))}
+    expected = _told(place, str(told.get("run")), str(told.get("source")), tensors, cuts)
+    return [key for key, value in expected.items() if told.get(key) != value]
+
+
+def _cut_of_part(place: Place, entry: TensorEntry) -> dict[str, Any] | None:
+    """What the record says of a tensor that a rank holds a part of; None for a whole one."""
+    parsed, shares = parse_name(entry.name), place.grid.tp
+    split = split_of(parsed, Layout.RANKS) if parsed else Split.WHOLE
+    axis = 0 if split is Split.ROWS else 1
+    if shares == 1 or split not in (Split.ROWS, Split.COLUMNS) or len(entry.shape) <= axis:
+        return None
+    size = entry.shape[axis]
+    whole = [*entry.shape[:axis], size * shares, *entry.shape[axis + 1 :]]
+    return {"axis": axis, "start": place.tp_rank * size, "stop": (place.tp_rank + 1) * size, "of": whole}
 
 
 def _json(told: Mapping[str, Any]) -> str:

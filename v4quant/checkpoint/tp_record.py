@@ -6,8 +6,9 @@ no time and no path: the same checkpoint gives the same file on every machine. R
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from v4quant import strict_json
@@ -15,7 +16,7 @@ from v4quant.checkpoint.files import MAX_FILES, Files
 from v4quant.checkpoint.grid import MAX_RANKS, Grid
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.layout import Packing
-from v4quant.checkpoint.reader import SHARDS_NAME
+from v4quant.checkpoint.reader import JOURNAL_NAME, SHARDS_NAME
 from v4quant.checkpoint.tp_files import Run
 from v4quant.checkpoint.tp_rules import Layout
 from v4quant.config import CONFIG_NAME
@@ -23,7 +24,7 @@ from v4quant.errors import CheckpointError
 
 RECORD_VERSION = 2
 # A release has about a hundred files, each of them two lines.
-_MAX_RECORD_BYTES = 64 * 2**20
+MAX_RECORD_BYTES = 64 * 2**20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _COMPONENT = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,250}")
 _HINT = "Shard the checkpoint again; this file was edited or damaged."
@@ -107,7 +108,7 @@ def read_record(files: Files) -> ShardsRecord:
         CheckpointError: if it is not such a file, or of another version.
     """
     where = f"{files.where}/{SHARDS_NAME}"
-    if files.size(SHARDS_NAME) > _MAX_RECORD_BYTES:
+    if files.size(SHARDS_NAME) > MAX_RECORD_BYTES:
         raise CheckpointError(f"{where}: has {files.size(SHARDS_NAME):,} bytes, expected a small file", hint=_HINT)
     try:
         told = strict_json.parse(files.read(SHARDS_NAME))
@@ -125,7 +126,7 @@ def read_record(files: Files) -> ShardsRecord:
     run = _run(told, where)
     weights = _records(told.get("weights"), f"{where}: weights")
     others = _records(told.get("files"), f"{where}: files")
-    _require_sound_names(where, weights, others)
+    require_sound_names(where, weights, others)
     return ShardsRecord(run, weights, others)
 
 
@@ -173,19 +174,29 @@ def _records(told: object, where: str) -> dict[str, FileRecord]:
     return records
 
 
-def _require_sound_names(where: str, weights: Mapping[str, FileRecord], others: Mapping[str, FileRecord]) -> None:
-    """Refuse names that would write outside of the folder, or one file in the place of another."""
+def require_sound_names(where: str, weights: Collection[str], others: Collection[str], hint: str = _HINT) -> None:
+    """Refuse names that would write outside of the folder, or one file in the place of another.
+
+    Args:
+        where: what names them.
+        weights, others: names of weight files, and of files without weights.
+
+    Raises:
+        CheckpointError: for the first such name, or if what makes a checkpoint is not among them.
+    """
+    files = {*weights, *others}
     for name in weights:
         if not _COMPONENT.fullmatch(name) or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{where}: {name[:200]!a} is no name of a weight file", hint=_HINT)
+            raise CheckpointError(f"{where}: {name[:200]!a} is no name of a weight file", hint=hint)
     for name in others:
         components = name.split("/")
-        if not all(map(_COMPONENT.fullmatch, components)) or components[0].startswith("v4quant.journal"):
-            raise CheckpointError(f"{where}: {name[:200]!a} is no name of a file in a checkpoint", hint=_HINT)
-        if name.endswith((".safetensors", ".partial")) or "/".join(components[:-1]) in {*weights, *others} - {""}:
-            raise CheckpointError(f"{where}: {name[:200]!a} is no name of a file without weights", hint=_HINT)
+        if not all(map(_COMPONENT.fullmatch, components)) or name == SHARDS_NAME or name.startswith(JOURNAL_NAME):
+            raise CheckpointError(f"{where}: {name[:200]!a} is no name of a file in a checkpoint", hint=hint)
+        folders = accumulate(components[:-1], lambda folder, part: f"{folder}/{part}")
+        if name.endswith((".safetensors", ".partial")) or not files.isdisjoint(folders):
+            raise CheckpointError(f"{where}: {name[:200]!a} is no name of a file without weights", hint=hint)
     if not weights or CONFIG_NAME not in others:
-        raise CheckpointError(f"{where}: lists no weight files, or no {CONFIG_NAME}", hint=_HINT)
+        raise CheckpointError(f"{where}: lists no weight files, or no {CONFIG_NAME}", hint=hint)
 
 
 def in_writing_order(names: Mapping[str, FileRecord]) -> list[str]:

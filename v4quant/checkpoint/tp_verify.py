@@ -6,29 +6,34 @@ is not its FP8 codes times their scales. What comes out is hashed and compared w
 and ranks' certificates are held against the hashes of their shares. With a source, its values are compared as well.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from v4quant.checkpoint.certificate import CERTIFICATE_NAME, Verdict, read_certificate
-from v4quant.checkpoint.files import Files
-from v4quant.checkpoint.plan import DEFAULT_WORKERS
+from v4quant import strict_json
+from v4quant.checkpoint.certificate import CERTIFICATE_NAME, TensorRecord, Verdict, read_certificate
+from v4quant.checkpoint.files import Files, Source
+from v4quant.checkpoint.plan import CHUNK_BYTES, DEFAULT_WORKERS
 from v4quant.checkpoint.reader import SHARDS_NAME, Checkpoint
 from v4quant.checkpoint.stream import Worker
-from v4quant.checkpoint.tp_files import EXTRA_NAME, HEADER_PREFIX, rank_folder
-from v4quant.checkpoint.tp_folder import ShardedFolder
+from v4quant.checkpoint.tp_certificates import rank_certificate_header
+from v4quant.checkpoint.tp_files import HEADER_PREFIX, RANK_KEY, RANKS_KEY, RUN_KEY, rank_folder
+from v4quant.checkpoint.tp_folder import ShardedFolder, mark_of
 from v4quant.checkpoint.tp_hashes import TensorHashes
 from v4quant.checkpoint.tp_layout import Placement
+from v4quant.checkpoint.tp_rank_folder import wrong_keys
+from v4quant.checkpoint.tp_record import MAX_RECORD_BYTES
 from v4quant.checkpoint.tp_rules import Layout
 from v4quant.checkpoint.tp_stream import Output, scatter
 from v4quant.checkpoint.units import Advance, work_through
-from v4quant.checkpoint.verify import verify_against
+from v4quant.checkpoint.verify import verify_against, verify_hashes
 from v4quant.checkpoint.verify_report import Mismatch, VerifyReport
-from v4quant.config import CONFIG_NAME
 from v4quant.errors import CheckFailedError, CheckpointError
 from v4quant.formats.cast import Scratch
+from v4quant.numerics.errors import NonFiniteError
 
 
 def verify_sharded(
@@ -66,7 +71,42 @@ def verify_sharded(
 
 def is_rank_folder(files: Files) -> bool:
     """True for the folder of one rank."""
-    return SHARDS_NAME in files and CONFIG_NAME in files and EXTRA_NAME not in files
+    if SHARDS_NAME not in files or files.size(SHARDS_NAME) > MAX_RECORD_BYTES:
+        return False
+    told = _parsed_record(files)
+    return isinstance(told, dict) and "rank" in told
+
+
+def verify_rank(part: Checkpoint, *, workers: int = DEFAULT_WORKERS, progress: Advance) -> VerifyReport:
+    """Check the folder of one rank: every tensor against its certificate, and what its record says against its files.
+
+    Args:
+        part: the folder, opened as a part.
+        progress: told bytes hashed, and of which file.
+
+    Raises:
+        CheckpointError: if there is no certificate, or a file cannot be read.
+    """
+    report = verify_hashes(part, workers=workers, progress=progress)
+    told = _parsed_record(part.files)
+    wrong = wrong_keys(told, part.tensors)
+    if wrong:
+        report.mismatches.append(Mismatch(SHARDS_NAME, f"says of {', '.join(wrong)} what is not so"))
+    elif isinstance(told, dict):
+        expected = {key: str(told[of]) for key, of in ((RUN_KEY, "run"), (RANK_KEY, "rank"), (RANKS_KEY, "ranks"))}
+        report.mismatches += [
+            Mismatch(name, f"is not of the rank and the run that {SHARDS_NAME} tells of")
+            for name in sorted(part.header_sha256)
+            if mark_of(part.files, name) != expected
+        ]
+    return report
+
+
+def _parsed_record(files: Source) -> object:
+    """A rank's v4quant.shards.json; None where it is no JSON."""
+    with contextlib.suppress(ValueError):
+        return strict_json.parse(files.read(SHARDS_NAME))
+    return None
 
 
 @dataclass
@@ -87,7 +127,7 @@ class _Compared:
     scratch: Scratch
 
     def write(self, data: memoryview, offset: int) -> None:
-        held = self.scratch.take(f"held {self.name}", len(data))
+        held = self.scratch.take("held", len(data))  # one buffer, however many ranks hold a copy
         self.files.read_into(self.name, offset, held.data)
         differs = held != np.frombuffer(data, np.uint8)
         if differs.any():
@@ -113,7 +153,7 @@ class _Consistency:
         self._folder = folder
         self._whole = whole
         self._mismatches: list[Mismatch] = []
-        self._shares: dict[str, list[str]] = {}  # tensor -> hash of each share
+        self._shares: dict[str, list[TensorRecord]] = {}  # tensor -> certificate line of each share
 
     def check(self, workers: int, progress: Advance) -> list[Mismatch]:
         """Everything that is not as it should be."""
@@ -140,9 +180,11 @@ class _Consistency:
             try:
                 scatter(self._whole.files, place, compared, worker, hashes)
             except (CheckpointError, CheckFailedError) as error:
+                if not isinstance(error.__cause__, NonFiniteError | None):
+                    raise  # it could not be read, which says nothing about what it holds
                 found.append(Mismatch(place.source.name, str(error)))
             else:
-                self._shares[place.source.name] = [share.record.sha256 for share in hashes.records(place)]
+                self._shares[place.source.name] = [share.record for share in hashes.records(place)]
                 found += [self._describe(place, difference) for difference in compared.found[:1]]
         if not found and hashes.file.hexdigest() != self._folder.record.weights[name].sha256:
             what = f"does not come out of the ranks as it went in: its sha256 is another than {SHARDS_NAME} says"
@@ -150,40 +192,54 @@ class _Consistency:
         return found
 
     def _describe(self, place: Placement, difference: _Difference) -> Mismatch:
-        copies = [part for shares in place.shares for part in shares if part.file == difference.file]
-        where = f"byte {difference.offset - copies[0].start:,} of it" if copies else f"byte {difference.offset:,}"
-        if place.recoding is not None:
-            what = f"in {difference.file} is not {place.recoding.before.name} codes times scale, first in {where}"
+        recoding, file = place.recoding, difference.file
+        parts = [part for copies in place.shares for part in copies]
+        parts += [recoding.scale_part] if recoding is not None and recoding.scale_part is not None else []
+        part = next(part for part in parts if part.file == file and part.start <= difference.offset < part.stop)
+        where = f"byte {difference.offset - part.start:,} of {'it' if part.name == place.source.name else part.name}"
+        if recoding is not None:
+            what = f"in {file} is not {recoding.before.name} codes times scale, first in {where}"
         else:
-            what = f"in {difference.file} differs from the copy in another rank, first in {where}"
-        return Mismatch(place.source.name, what, {"file": difference.file})
+            what = f"in {file} differs from the copy in another rank, first in {where}"
+        return Mismatch(place.source.name, what, {"file": file})
 
     def _check_kept_files(self) -> Iterator[Mismatch]:
         for name, record in self._folder.record.files.items():
-            if hashlib.sha256(self._whole.files.read(name)).hexdigest() != record.sha256:
+            digest = hashlib.sha256()
+            for start in range(0, record.bytes, CHUNK_BYTES):
+                digest.update(self._whole.files.read(name, start, min(start + CHUNK_BYTES, record.bytes)))
+            if digest.hexdigest() != record.sha256:
                 yield Mismatch(name, f"in the extra file has another sha256 than {SHARDS_NAME} says")
 
     def _check_certificates(self) -> Iterator[Mismatch]:
-        """Hold the ranks' certificates against the hashes of their shares."""
+        """Compare the ranks' certificates with those that `shard` would write of what the ranks hold."""
         layout, files = self._folder.layout, self._folder.files
         share_of = _share_numbers(layout.placements)
+        damaged = {mismatch.tensor for mismatch in self._mismatches}  # their copies say more
         for rank in range(layout.grid.ranks):
             where = f"{rank_folder(rank)}/{CERTIFICATE_NAME}"
             held = layout.held_by(rank)
             if where not in files:
                 yield Mismatch(where, "is missing, expected the certificate of this rank")
                 continue
-            _, records = read_certificate(files, where)
+            header, records = read_certificate(files, where)
+            expected = rank_certificate_header(self._whole, layout, rank)
+            if replace(header, tool_version=expected.tool_version) != expected:
+                yield Mismatch(where, "has another first line than the certificate of this rank")
             left = set(held)
             for record in records:
-                left.discard(record.tensor)
                 entry = held.get(record.tensor)
                 if entry is None:
                     yield Mismatch(record.tensor, f"has a line in {where}, and is not in this rank")
+                elif record.tensor not in left:
+                    yield Mismatch(record.tensor, f"has two lines in {where}")
                 elif record.tensor in self._shares:
-                    number = share_of[record.tensor].get(entry.file, 0)
-                    if self._shares[record.tensor][number] != record.sha256:
+                    share = self._shares[record.tensor][share_of[record.tensor].get(entry.file, 0)]
+                    if share.sha256 != record.sha256:
                         yield Mismatch(record.tensor, f"has another sha256 than {where} says", {"file": entry.file})
+                    elif share != record and record.tensor not in damaged:
+                        yield Mismatch(record.tensor, f"is not what its line in {where} says", {"file": entry.file})
+                left.discard(record.tensor)
             if left:
                 yield Mismatch(
                     min(left), f"has no line in {where}{f' (and {len(left) - 1} more)' if len(left) > 1 else ''}"

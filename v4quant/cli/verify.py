@@ -75,7 +75,7 @@ def _verify(out: str, against: str | None, workers: int, group: "ProcessGroup") 
     from v4quant.checkpoint.certificate import CERTIFICATE_NAME
     from v4quant.checkpoint.files import Files
     from v4quant.checkpoint.reader import open_source as open_files
-    from v4quant.checkpoint.tp_verify import is_rank_folder, verify_sharded
+    from v4quant.checkpoint.tp_verify import is_rank_folder, verify_rank, verify_sharded
     from v4quant.checkpoint.tp_whole import WholeFiles
     from v4quant.checkpoint.verify import verify_against, verify_hashes
     from v4quant.checkpoint.verify_report import VerifyReport
@@ -84,7 +84,7 @@ def _verify(out: str, against: str | None, workers: int, group: "ProcessGroup") 
     if against is None and parse_location(out) is None and is_rank_folder(files := Files(Path(out))):
         part = open_files(files, is_part=True)
         with byte_progress(part.bytes, "verify", silent=silent) as advance:
-            report = verify_hashes(part, workers=workers, progress=advance, group=group)
+            report = VerifyReport() if silent else verify_rank(part, workers=workers, progress=advance)
             return len(part.tensors), report, "certificate"
     checkpoint = open_source(out)
     source = open_source(against) if against else None
