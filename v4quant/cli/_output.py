@@ -26,6 +26,11 @@ class Output:
         if not self.json_mode:
             print(escaped(text))
 
+    def piece(self, text: str) -> None:
+        """Print a piece of human-readable result at once, without ending its line."""
+        if not self.json_mode:
+            print(escaped(text), end="", flush=True)
+
     def result(self, values: Mapping[str, Any]) -> None:
         """Print the command's JSON object, under --json."""
         if self.json_mode:

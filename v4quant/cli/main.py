@@ -17,6 +17,7 @@ from v4quant.cli import (
     decode,
     demo,
     encode,
+    generate,
     inspect_,
     merge,
     parity,
@@ -40,7 +41,7 @@ app = typer.Typer(
 _COMMANDS = (
     *(inspect_.inspect, budget.budget, synth.synth, convert.convert, verify.verify),
     *(shard.shard, merge.merge, reference.reference, parity.parity, selftest.selftest),
-    *(encode.encode, decode.decode, demo.demo),
+    *(encode.encode, decode.decode, generate.generate, demo.demo),
 )
 for command in _COMMANDS:
     app.command()(command)
