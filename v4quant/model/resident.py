@@ -23,8 +23,8 @@ from v4quant.words import decimal_bytes
 _BF16_BYTES, _F32_BYTES = 2, 4
 # A prefill's activations besides the streams themselves, as multiples of them: inputs, outputs and FP32 copies.
 _COPIES_OF_STREAMS = 8
-# torch, its threads and buffers to read and decode in.
-_PROCESS_BYTES = 300 * 10**6
+# torch, its threads, and buffers that matrices are read and decoded in.
+_PROCESS_BYTES = 450 * 10**6
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
