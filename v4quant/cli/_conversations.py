@@ -15,19 +15,18 @@ if TYPE_CHECKING:
     from v4quant.chat import EncodeOptions, Message, Tokenizer
     from v4quant.checkpoint.files import Source
     from v4quant.parity.compare import Task
-    from v4quant.parity.conversations import Conversation, Opening, Said, Stretch
+    from v4quant.parity.conversations import Conversation, Opening, Stretch
 
 _SHOWN = 5
 
 
-def read_conversations(path: Path, files: "Source", *, thinking: bool, output: Output) -> "list[Conversation]":
+def read_conversations(path: Path, files: "Source", *, thinking: bool) -> "list[Conversation]":
     """Read and encode a file of conversations.
 
     Args:
         path: one conversation a line, as `v4quant encode` takes it.
         files: of the checkpoint whose tokenizer is taken.
-        thinking: whether the model thinks.
-        output: where a remark goes if reasoning is left out.
+        thinking: whether the model thinks; if not, reasoning is left out, and a note on stderr says so.
 
     Raises:
         UsageError: if the file cannot be read, or a line is no conversation; names the line.
@@ -55,15 +54,13 @@ def read_conversations(path: Path, files: "Source", *, thinking: bool, output: O
             raise MessagesError(f"{path} line {number}: {error}", hint=error.hint) from None
         reasons = reasons or any(message.reasoning for message in messages)
     if reasons and not thinking:
-        output.note(f"{path}: holds reasoning, which is left out; to keep it: --thinking")
+        Output(json_mode=False).note(f"{path}: holds reasoning, which is left out; to keep it: --thinking")
     return found
 
 
 def _encode(
     name: str, messages: "Sequence[Message]", options: "EncodeOptions", tokenizer: "Tokenizer"
 ) -> "Conversation":
-    import torch
-
     from v4quant.chat import Part, encode
     from v4quant.parity.conversations import Conversation
 
@@ -74,7 +71,7 @@ def _encode(
 
     return Conversation(
         name=name,
-        ids=torch.tensor(encoded.ids),
+        ids=tuple(encoded.ids),
         assistant=stretches(Part.REASONING, Part.CONTENT, Part.TOOL_CALLS, Part.EOS),
         tool_calls=stretches(Part.TOOL_CALLS),
         opening=_opening(messages, options, tokenizer),
@@ -83,8 +80,6 @@ def _encode(
 
 def _opening(messages: "Sequence[Message]", options: "EncodeOptions", tokenizer: "Tokenizer") -> "Opening | None":
     """The conversation without the assistant's messages at its end, to be answered anew; None if none asks for it."""
-    import torch
-
     from v4quant.chat import Answer, Role, encode
     from v4quant.parity.conversations import Call, Opening, Said
 
@@ -106,7 +101,7 @@ def _opening(messages: "Sequence[Message]", options: "EncodeOptions", tokenizer:
             return Said(answer.text, None, str(error))
         return Said(answer.text, calls, "")
 
-    return Opening(torch.tensor(encoded.ids), read)
+    return Opening(tuple(encoded.ids), read)
 
 
 def write_answers(task: "Task", max_tokens: int) -> dict[str, Any]:
@@ -150,7 +145,9 @@ def print_conversations(output: Output, found: dict[str, Any]) -> None:
     )
     apart = [own for own in answers["each"] if own["parts_at"] is not None]
     for own in apart[:_SHOWN]:
-        preferred = "" if own["margin"] is None else f", where the reference prefers its own by {own['margin']:.3g} nats"
+        preferred = (
+            "" if own["margin"] is None else f", where the reference prefers its own by {own['margin']:.3g} nats"
+        )
         output.line(f"    {own['name']}: they part at token {own['parts_at']}{preferred}; tool calls: {own['calls']}")
     if len(apart) > _SHOWN:
         output.line(f"    ... and {len(apart) - _SHOWN:,} more (all of them: --json)")

@@ -120,7 +120,7 @@ def _write(
     ids: list[int] = []
     margin = None
     try:
-        for step in generate(model, opening.ids, Sampling(), max_tokens, stop):
+        for step in generate(model, torch.tensor(opening.ids), Sampling(), max_tokens, stop):
             if margin is None and len(ids) < len(other) and step.token != other[len(ids)]:
                 margin = float(step.logits[step.token].double() - step.logits[other[len(ids)]].double())
             ids.append(step.token)
@@ -173,7 +173,7 @@ def _json(name: str, found: Continuation, opening: Opening) -> dict[str, Any]:
                 "finish": own.finish,
                 "text": said[side].text,
                 "calls": None if said[side].calls is None else [asdict(call) for call in said[side].calls or ()],
-                "problem": said[side].problem,
+                "problem": said[side].problem or None,
             }
             for side, own in sides.items()
         },

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from v4quant.parity.logits import LogitFigures
 
 Stretch = tuple[int, int]
@@ -45,11 +43,11 @@ class Opening:
     """A conversation up to its last answer, which is to be written anew.
 
     Attributes:
-        ids: int64 [n], the header of the answer included.
+        ids: its tokens, the header of the answer included.
         read: what the token ids of an answer say.
     """
 
-    ids: torch.Tensor
+    ids: tuple[int, ...]
     read: Callable[[Sequence[int]], Said]
 
 
@@ -59,14 +57,14 @@ class Conversation:
 
     Attributes:
         name: for people, "line 3".
-        ids: int64 [n].
+        ids: its tokens.
         assistant: what the assistant wrote: reasoning, content, calls, the end of each sentence.
         tool_calls: the calls among it.
         opening: what is to be answered; None where there is nothing.
     """
 
     name: str
-    ids: torch.Tensor
+    ids: tuple[int, ...]
     assistant: tuple[Stretch, ...]
     tool_calls: tuple[Stretch, ...]
     opening: Opening | None

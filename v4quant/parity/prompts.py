@@ -76,7 +76,10 @@ class Prompts:
         Raises:
             UsageError: if the model cannot take them, or the prefill is longer than every one.
         """
-        plain = cls.of([conversation.ids for conversation in conversations], prefill, config, source)
+        for conversation in conversations:  # before hours of work, not after
+            ids = conversation.ids if conversation.opening is None else conversation.opening.ids
+            check_prompts([torch.tensor(ids)], config, f"{source}: {conversation.name}, to be answered")
+        plain = cls.of([torch.tensor(conversation.ids) for conversation in conversations], prefill, config, source)
         return replace(plain, conversations=tuple(conversations))
 
     @property
