@@ -54,9 +54,9 @@ def ours(source: Path, layer: int, tokens: int, passes: int) -> dict[str, Any]:
             return result
 
         read_seconds = seconds_to_read(model.reader.weights, f"layers.{layer}.")
-        model.reader.weights.bytes_read = 0
+        before = model.bytes_read
         seconds, result = timed(run, passes)
-        read = model.reader.weights.bytes_read // passes
+        read = (model.bytes_read - before) // passes
         experts = len(result.router_indices.unique())
         return {**seconds, "experts": experts, "bytes_read": read, "read_seconds": read_seconds}
 
@@ -64,7 +64,7 @@ def ours(source: Path, layer: int, tokens: int, passes: int) -> dict[str, Any]:
 def seconds_to_read(weights: Any, prefix: str) -> float:
     """Read every tensor of a layer and do nothing with it."""
     start = time.perf_counter()
-    checkpoint = weights.checkpoint
+    checkpoint = weights.source
     buffer = bytearray(max(entry.bytes for name, entry in checkpoint.tensors.items() if name.startswith(prefix)))
     for name, entry in checkpoint.tensors.items():
         if name.startswith(prefix):

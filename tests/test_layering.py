@@ -51,8 +51,10 @@ THIRD_PARTIES = {
 # These run in `inspect` and `--help`, which must start at once.
 LIGHT_MODULES = [
     *sorted(COMMON),
-    *(f"checkpoint.{name}" for name in ("files", "header", "index", "detect", "audit", "reader")),
+    *(f"checkpoint.{name}" for name in ("files", "header", "index", "detect", "audit", "reader", "layout")),
+    *(f"checkpoint.process_{name}" for name in ("environment", "group", "store")),
     "cli.main",
+    "cli.convert",
     "cli.inspect_",
     *(f"budget.{name}" for name in ("layers", "kv_cache", "flops", "baselines", "gpu", "summary")),
     "cli.budget",

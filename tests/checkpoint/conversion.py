@@ -12,7 +12,7 @@ import torch
 
 from v4quant.checkpoint.apply import ApplyReport, apply
 from v4quant.checkpoint.header import TensorEntry, build_header, read_header
-from v4quant.checkpoint.plan import DEFAULT_MAX_SHARD_BYTES, Plan, make_plan
+from v4quant.checkpoint.plan import Plan, make_plan
 from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.formats import format_named
 from v4quant.testing.releases import synth_config
@@ -38,10 +38,10 @@ def write_small(folder: Path, like: str = "flash", *, mtp: bool = False, experts
     return folder
 
 
-def plan_of(source: Path, to: str, like: Path | None = None, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> Plan:
-    """Plan a conversion between folders."""
+def plan_of(source: Path, to: str, like: Path | None = None, **options: Any) -> Plan:
+    """Plan a conversion between folders; options are those of `make_plan`."""
     original = open_checkpoint(like) if like else None
-    return make_plan(open_checkpoint(source), format_named(to), like=original, max_shard_bytes=max_shard_bytes)
+    return make_plan(open_checkpoint(source), format_named(to), like=original, **options)
 
 
 def convert(source: Path, out: Path, to: str, like: Path | None = None, **options: Any) -> ApplyReport:
@@ -62,7 +62,7 @@ def stored(folder: Path) -> dict[str, Array]:
 def stored_torch(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor that safetensors finds in a folder, in torch's dtypes."""
     found: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("model-*.safetensors")):
+    for path in sorted(folder.glob("model*.safetensors")):
         with safetensors.safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     return found

@@ -1,5 +1,6 @@
 """Plans know everything from headers: what full-size conversions weigh, where each byte goes, what can round."""
 
+import itertools
 import json
 import os
 from collections import Counter
@@ -10,7 +11,7 @@ import pytest
 
 from tests.checkpoint.conversion import convert, find, plan_of, rewrite, write_small
 from v4quant.checkpoint.header import TensorEntry, read_header
-from v4quant.checkpoint.layout import Shard
+from v4quant.checkpoint.layout import Packing, Shard, lay_out
 from v4quant.checkpoint.plan import DEFAULT_WORKERS, Plan, make_plan
 from v4quant.checkpoint.reader import Checkpoint, open_checkpoint
 from v4quant.errors import CheckpointError, UsageError
@@ -170,6 +171,34 @@ def test_shards_are_split_but_never_a_weight_from_its_scale(small: Path, max_sha
                 assert f"{name.removesuffix('scale')}weight" in shard.entries
 
 
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 300_000, 100_000, 1])
+def test_full_files(small: Path, max_shard_bytes: int) -> None:
+    """Files hold the units of the layer packing in the same order, and none could take the first unit of the next."""
+    layers = plan_of(small, "fp8")
+    full = plan_of(small, "fp8", max_shard_bytes=max_shard_bytes, packing=Packing.FULL)
+    assert [operation.name for operation in full] == [operation.name for operation in layers]
+    assert full.bytes_written == layers.bytes_written
+    for shard, following in itertools.pairwise(full.shards):
+        payload = shard.file_bytes - len(shard.header)
+        units = full.operations[shard.name]
+        assert payload <= max_shard_bytes or len(units) == 1
+        assert payload + full.operations[following.name][0].bytes_written > max_shard_bytes
+    assert len(full.shards) == 1 if max_shard_bytes == 10**9 else len(full.shards) > 1
+    assert full.shards[0].name == f"model-00001-of-{len(full.shards):05d}.safetensors"
+
+
+def test_one_file(small: Path) -> None:
+    layers, one = plan_of(small, "fp8"), plan_of(small, "fp8", max_shard_bytes=1, packing=Packing.ONE)
+    assert [shard.name for shard in one.shards] == ["model.safetensors"]
+    assert [operation.name for operation in one] == [operation.name for operation in layers]
+    assert set(json.loads(one.index_bytes)["weight_map"].values()) == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("packing", Packing)
+def test_nothing_is_packed_into_nothing(packing: Packing) -> None:
+    assert lay_out([], 100, packing) == []
+
+
 def test_disk_bytes_are_those_of_all_files(small: Path, tmp_path: Path) -> None:
     """But the certificate, counted as 400 bytes a tensor, and the rewritten inference/config.json, as it was."""
     for target in FORMATS:
@@ -212,6 +241,8 @@ def test_the_digest_knows_source_options_and_original(small: Path, tmp_path: Pat
     others = [
         plan_of(small, "bf16"),
         plan_of(small, "fp8", max_shard_bytes=300_000),
+        plan_of(small, "fp8", packing=Packing.FULL),
+        plan_of(small, "fp8", packing=Packing.ONE),
         plan_of(other_weights, "fp8"),
         plan_of(edited, "fp8"),
         plan_of(with_file, "fp8"),

@@ -171,6 +171,19 @@ def test_files_of_a_rank_keep_to_the_limit(flash: Path, tmp_path: Path) -> None:
     assert sorted(sizes)[-5] < 310_000  # a weight that is larger alone has a file of its own
 
 
+@pytest.mark.parametrize("pack", ["full", "one"])
+def test_packed_otherwise(pack: str, flash: Path, tmp_path: Path) -> None:
+    options = ["--tp", "1", "--ep", "2", "--pack", pack, "--max-shard-size", "1MB"]
+    assert main(["shard", str(flash), str(tmp_path / "ranks"), *options]) == 0
+    files = sorted((tmp_path / "ranks" / "rank-000").glob("*.safetensors"))
+    if pack == "one":
+        assert [file.name for file in files] == ["model.safetensors"]
+    else:
+        assert all(700_000 < file.stat().st_size < 1_100_000 for file in files[1:-1])
+    merge(tmp_path / "ranks", tmp_path / "back")
+    assert_same_checkpoint(without_certificate(tmp_path / "back"), flash)
+
+
 def test_grids_that_do_not_work(flash: Path, tmp_path: Path) -> None:
     source = open_checkpoint(flash)
     for grid, said in (
@@ -187,7 +200,10 @@ def test_grids_that_do_not_work(flash: Path, tmp_path: Path) -> None:
     assert 8 not in working_shares(open_checkpoint(narrow), Grid(1), Layout.RANKS)
 
 
-@pytest.mark.parametrize("options", [["--tp", "2", "--ep", "2", "--experts", "fp8"], ["--tp", "1024", "--ep", "2"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--tp", "2", "--ep", "2", "--experts", "fp8"], ["--tp", "1024", "--ep", "2"], ["--tp", "2", "--pack", "one"]],
+)
 def test_options_that_exclude_each_other(options: list[str], flash: Path, tmp_path: Path) -> None:
     assert main(["shard", str(flash), str(tmp_path / "out"), *options]) == 2
     assert not (tmp_path / "out").exists()
@@ -204,3 +220,22 @@ def test_overwriting_leaves_no_ranks_behind(flash: Path, tmp_path: Path) -> None
     assert main(["shard", str(flash), str(tmp_path / "out"), "--tp", "1", "--ep", "2", "--overwrite"]) == 0
     split(flash, tmp_path / "fresh", Grid(1, 2), max_shard_bytes=5 * 10**9)
     assert_same_checkpoint(tmp_path / "out", tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [("rank-002/model-00003-of-00006.safetensors", 1, "with sha256"), ("v4quant.extra.safetensors", 3, "kept header")],
+)
+def test_a_damaged_split_is_not_passed_on(
+    name: str, code: int, said: str, flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into another split as little as into a checkpoint: what comes out must have the hashes that were noted."""
+    split(flash, tmp_path / "ranks", Grid(2, 2))
+    data = bytearray((tmp_path / "ranks" / name).read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "ranks" / name).write_bytes(data)
+    out = tmp_path / "out"
+    assert main(["shard", str(tmp_path / "ranks"), str(out), "--tp", "2"]) == code
+    assert said in capsys.readouterr().err
+    with pytest.raises(CheckpointError):
+        open_checkpoint(out)

@@ -182,6 +182,7 @@ CASES: dict[str, tuple[Break, str]] = {
     "a record of stages": (in_record(pp=2), "expected ep and pp to be 1"),
     "a record of ranks by the million": (in_record(layout="ranks", tp=1024, ep=1024), "at most 1,024"),
     "a record of another layout": (in_record(layout="x"), "layout is none of deepseek, ranks"),
+    "a record of another packing": (in_record(packing="x"), "packing is none of layer, full, one"),
     "a record of files without a limit": (in_record(max_shard_bytes=-1), "max_shard_bytes is no number"),
     "a record of other experts": (in_record(fp8_experts=1), "fp8_experts is neither"),
     "a record of no weights": (in_record(weights={}), "lists no weight files"),

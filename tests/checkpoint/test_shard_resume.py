@@ -50,11 +50,13 @@ class Bench:
         return strike(self.server, self.argv(out), number, moment, out.with_suffix(".stderr"))
 
 
-@pytest.fixture(scope="module", params=["shard", "merge"])
+@pytest.fixture(scope="module", params=["shard", "ranks", "merge"])
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     root = tmp_path_factory.mktemp("bench")
     source, sharded, expected = write_wide(root / "source"), root / "sharded", root / "expected"
     command: tuple[list[str], list[str]] = (["shard", str(source)], ["--tp", "2", "--experts", "fp8"])
+    if request.param == "ranks":
+        command = (["shard", str(source)], ["--tp", "2", "--ep", "2", "--pp", "2"])
     if request.param == "merge":
         shard(source, sharded, 2, fp8_experts=True)
         command = (["merge", str(sharded)], [])
@@ -185,7 +187,7 @@ def test_a_torn_journal_of_a_run_whose_files_have_their_names(
     out = tmp_path / "out"
     for back in range(3, 100, 3):
         bench.strike(out, signal.SIGKILL, bench.moments - back)
-        if (out / JOURNAL_NAME).exists() and not list(out.glob("*.partial")):
+        if (out / JOURNAL_NAME).exists() and not list(out.rglob("*.partial")):
             break
         shutil.rmtree(out)
     os.truncate(out / JOURNAL_NAME, (out / JOURNAL_NAME).stat().st_size - 10)
@@ -195,7 +197,7 @@ def test_a_torn_journal_of_a_run_whose_files_have_their_names(
 
 def test_a_partial_file_that_is_gone_costs_what_went_into_it(bench: Bench, tmp_path: Path) -> None:
     out = half_done(bench, tmp_path / "out")
-    for path in sorted(out.glob("*.partial"))[:1] if bench.keeps_partials else sorted(out.glob("model*"))[:1]:
+    for path in sorted(out.rglob("*.partial"))[:1] if bench.keeps_partials else sorted(out.glob("model*"))[:1]:
         path.unlink()
     assert main(bench.argv(out)) == 0
     assert_same_checkpoint(out, bench.expected)

@@ -12,7 +12,8 @@ import pytest
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME
 from v4quant.checkpoint.header import build_header
 from v4quant.checkpoint.reader import open_checkpoint
-from v4quant.checkpoint.verify import Mismatch, VerifyReport, verify_hashes, verify_values
+from v4quant.checkpoint.verify import verify_hashes, verify_values
+from v4quant.checkpoint.verify_report import Mismatch, VerifyReport
 
 from .conversion import Array, convert, write_small
 

@@ -14,7 +14,8 @@ from tests.checkpoint.conversion import Tensors, convert, edit, find, rewrite, s
 from tests.formats import oracle
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME
 from v4quant.checkpoint.reader import open_checkpoint
-from v4quant.checkpoint.verify import VerifyReport, verify_hashes, verify_values
+from v4quant.checkpoint.verify import verify_hashes, verify_values
+from v4quant.checkpoint.verify_report import VerifyReport
 from v4quant.cli.main import main
 
 Bytes = npt.NDArray[np.uint8]

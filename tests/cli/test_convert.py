@@ -145,3 +145,15 @@ def test_sizes(text: str, size: int) -> None:
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match="--max-shard-size is"):
         parse_size(text, "--max-shard-size")
+
+
+@pytest.mark.parametrize("command", ["convert", "verify"])
+def test_a_half_set_environment_of_torchrun(
+    native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    argv = {"convert": [str(native), str(tmp_path / "out"), "--to", "fp8"], "verify": [str(native)]}[command]
+    assert main([command, *argv]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: environment variable RANK is not set, expected a whole number from 0 to 1\n")
+    assert not (tmp_path / "out").exists()

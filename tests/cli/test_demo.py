@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from v4quant.checkpoint import verify
-from v4quant.checkpoint.verify import VerifyReport
+from v4quant.checkpoint.verify_report import VerifyReport
 from v4quant.cli.main import main
 
 

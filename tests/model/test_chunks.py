@@ -23,7 +23,7 @@ TOKENS = 200  # windows of 32, 50 CSA entries of which 16 are picked, one HCA en
 def roots_rounded_once() -> Iterator[None]:
     """torch rounds the root of leftover heads twice (see query_norm): 4 heads leave some, 64 and 128 none."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(query_norm, "query_norm_torch_", lambda q, eps: q.copy_(query_norm_rounded_once(q, eps)))
+        patch.setattr(query_norm, "query_norm_torch_", lambda q, eps, _: q.copy_(query_norm_rounded_once(q, eps)))
         yield
 
 

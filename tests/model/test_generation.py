@@ -1,5 +1,6 @@
 """Generation: the same tokens as from full prefills, the logits of the streamed forward, and where it ends."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.errors import UsageError
 from v4quant.model import generation
 from v4quant.model.arithmetic import Activations, Arithmetic
+from v4quant.model.cache import BlockCache
 from v4quant.model.chunk import Chunk
 from v4quant.model.generation import generate, prompt_of
 from v4quant.model.sampling import Sampling
@@ -88,11 +90,12 @@ def test_the_last_positions() -> None:
 def test_no_token_is_run_whose_logits_nobody_asks_for(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
     streams = Transformer.streams
-    monkeypatch.setattr(
-        Transformer,
-        "streams",
-        lambda own, chunk, caches: ran.append(len(chunk.input_ids)) or streams(own, chunk, caches),
-    )
+
+    def counted(own: Transformer, chunk: Chunk, caches: Sequence[BlockCache]) -> torch.Tensor:
+        ran.append(len(chunk.input_ids))
+        return streams(own, chunk, caches)
+
+    monkeypatch.setattr(Transformer, "streams", counted)
     assert len(tokens(model, PROMPT, 3)) == 3
     assert ran == [150, 1, 1]
 

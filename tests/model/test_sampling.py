@@ -24,7 +24,8 @@ def reference(logits: Array, temperature: float, top_p: float) -> Array:
         mass += probabilities[token]
         if mass >= top_p:
             break
-    return kept / kept.sum()
+    result: Array = kept / kept.sum()
+    return result
 
 
 def drawn(logits: Array, sampling: Sampling) -> npt.NDArray[np.int64]:

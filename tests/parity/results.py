@@ -287,6 +287,7 @@ def _evidence(rng: random.Random, layers: int, lengths: tuple[int, ...]) -> dict
             "config_sha256": f"{rng.getrandbits(256):064x}",
             "certificate_sha256": f"{rng.getrandbits(256):064x}" if certified else None,
             "bytes": 155_534_881_587 if form == "native" else 285_390_533_427,
+            "ranks": None,
         }
 
     return {

@@ -142,8 +142,8 @@ def test_one_model_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_tool_calls(reference: Said, candidate: Said, finishes: tuple[str, str], verdict: str) -> None:
-    texts = {(1,): reference, (2,): candidate}
-    prompts = talks([7], read=lambda ids: texts[tuple(ids)])
+    texts = {1: reference, 2: candidate}
+    prompts = talks([7], read=lambda ids: texts[ids[0]])
     pair = Continuation(Continued([2], finishes[1]), Continued([1], finishes[0]), 0, 0.5)
     found = continuations_json(task_of(FLASH.folder, prompts), {"line 1": pair}, 9)
     assert found["calls"] == {name: int(name == verdict) for name in ("same", "different", "none", "unknown")}

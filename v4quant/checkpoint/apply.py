@@ -1,16 +1,18 @@
 """Carry out a plan: fill output shards, prove every tensor, journal what is finished, and continue after a kill.
 
-Within a shard, worker threads take one tensor each; while the finished shard is being synced to disk the next one is
-already computed. config.json and the index are written last, so an unfinished folder is never taken for a checkpoint.
+Several processes share the shards out by bytes; the first keeps the journal and writes what exists once. config.json
+and the index are written last, so an unfinished folder is never taken for a checkpoint.
 """
 
+import contextlib
+import functools
 import json
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import v4quant
 from v4quant.checkpoint.certificate import (
@@ -19,21 +21,25 @@ from v4quant.checkpoint.certificate import (
     RoundingRefusedError,
     TensorRecord,
     Verdict,
+    is_rounded_weight,
+    verdict_counts,
     worst_first,
 )
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.journal import Journal, JournalHeader
+from v4quant.checkpoint.journal_keeper import JournalKeeper, send_records
 from v4quant.checkpoint.layout import Shard
-from v4quant.checkpoint.output import ShardFile, require_disk_space, write_file
-from v4quant.checkpoint.plan import DEFAULT_WORKERS, Operation, Plan
+from v4quant.checkpoint.linked_files import is_link, linkable, make_links, remove_links
+from v4quant.checkpoint.output import PARTIAL_SUFFIX, require_disk_space, write_file
+from v4quant.checkpoint.plan import DEFAULT_WORKERS, Plan
+from v4quant.checkpoint.process_group import ProcessGroup
 from v4quant.checkpoint.run_folder import forget, is_there, open_run, remove_partial_files, require_apart
+from v4quant.checkpoint.shard_writer import Advance, ShardWriter
+from v4quant.checkpoint.shares import share_files
 from v4quant.checkpoint.side_files import write_side_files
-from v4quant.checkpoint.stream import StoppedError, Worker, convert_tensor
 from v4quant.config import CONFIG_NAME
-from v4quant.errors import InterruptedRunError, OutputError
-from v4quant.formats.cast import Scratch
+from v4quant.errors import CheckpointError, InterruptedRunError, OutputError
 
-Advance = Callable[[int, str], None]
 _SHOWN_ROUNDED = 5
 
 
@@ -46,12 +52,27 @@ class ApplyReport:
         worst: the rounded tensors of the largest relative RMS error, worst first.
         certificate: path of the certificate.
         resumed_shards: shards that an earlier, interrupted run had finished.
+        linked_files: shards that are hard links to files of the source.
     """
 
     verdicts: Counter[Verdict]
     worst: list[TensorRecord]
     certificate: Path
     resumed_shards: int
+    linked_files: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The report for the other processes."""
+        worst = [record.to_json() for record in self.worst]
+        counts = verdict_counts(self.verdicts)
+        return {"verdicts": counts, "worst": worst, "shards": [self.resumed_shards, self.linked_files]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], certificate: Path) -> "ApplyReport":
+        """The first process's report."""
+        verdicts = Counter({Verdict(verdict): count for verdict, count in values["verdicts"].items()})
+        worst = [TensorRecord.from_json(record, "process 0") for record in values["worst"]]
+        return cls(verdicts, worst, certificate, *values["shards"])
 
 
 def apply(
@@ -62,6 +83,7 @@ def apply(
     allow_rounding: bool = False,
     overwrite: bool = False,
     progress: Callable[[int], Advance] | None = None,
+    group: ProcessGroup | None = None,
 ) -> ApplyReport:
     """Convert a checkpoint as planned, or continue a run of the same plan that was interrupted.
 
@@ -71,175 +93,184 @@ def apply(
         allow_rounding: accept tensors that lose bits; otherwise the first shard with one ends the run.
         overwrite: replace a checkpoint, or an unfinished run of another plan, in out.
         progress: told the source bytes that need not be read again; gives what is told bytes and shard from then on.
+        group: the processes that call this with the same plan and folder, to share the shards out; one by default.
 
     Raises:
         CheckFailedError: if a tensor would be rounded and allow_rounding is False.
         CheckpointError: if a weight is not finite, or the source changed or cannot be read.
         OutputError: if out is in use or not free, or the disk is full or refuses.
         InterruptedRunError: at Ctrl-C; what is finished is kept.
+        EndedElsewhereError, LostProcessError: if another process has failed or died; what is finished is kept.
     """
-    journal = _open_journal(plan, out, overwrite=overwrite, allow_rounding=allow_rounding)
-    run = _Run(plan, out, journal, workers, allow_rounding=allow_rounding)
+    run = _Run(plan, out, group or ProcessGroup(), allow_rounding=allow_rounding)
     try:
-        resumed = len(journal.finished)
-        run.write_shards(progress)
-        write_side_files(plan.source, plan.like, plan.format, plan.side_files, out)
-        report = _complete(plan, out, journal, resumed)
+        with run.group.ending_together():
+            run.open(overwrite=overwrite)
+            run.write_shards(workers, progress)
+            return run.complete()
     except KeyboardInterrupt:
         raise InterruptedRunError(
-            f"interrupted: {len(journal.finished)} of {len(plan.shards)} shards are finished and kept",
-            hint="Run the same command again to continue.",
+            f"interrupted: {run.finished_so_far} finished and kept", hint="Run the same command again to continue."
         ) from None
     finally:
-        remove_partial_files(out)
-        if journal.finished or any(out.glob("*.safetensors")):
-            journal.close()
+        run.leave()
+
+
+class _Run:
+    """One run, as one of its processes sees it.
+
+    Attributes:
+        group: the processes.
+        finished: shards that were whole when the run began.
+        links: shards that are links to a source file, by name the file.
+    """
+
+    def __init__(self, plan: Plan, out: Path, group: ProcessGroup, *, allow_rounding: bool) -> None:
+        self.group = group
+        self.finished: set[str] = set()
+        self.links: dict[str, str] = {}
+        self._plan = plan
+        self._out = out
+        self._allow_rounding = allow_rounding
+        self._journal: Journal | None = None  # in the first process
+
+    @property
+    def finished_so_far(self) -> str:
+        """What an interrupted run keeps."""
+        if self._journal is None:
+            return "what was written is"
+        return f"{len(self._journal.finished)} of {len(self._plan.shards)} shards are"
+
+    def open(self, *, overwrite: bool) -> None:
+        """Begin or continue the run; the first process makes the folder ready and tells the others what is there.
+
+        Raises:
+            CheckFailedError, CheckpointError, OutputError: as `apply`.
+        """
+        require_apart(self._out, self._plan.folders)
+        mark = self._out / f"v4quant.{self.group.token}{PARTIAL_SUFFIX}"
+        if self.group.is_first:
+            self._open_journal(overwrite=overwrite)
+            if self.group.size > 1:
+                write_file(mark, [])
+        found = self.group.broadcast([self._plan.digest, sorted(self.finished), self.links])
+        if not self.group.is_first:
+            digest, finished, self.links = found
+            self.finished = set(finished)
+            self._require_same_run(digest, mark)
+        self.group.barrier()  # nobody writes before all have agreed
+
+    def _open_journal(self, *, overwrite: bool) -> None:
+        """Make the output folder ready, begin or continue its journal, and make the links."""
+        plan, files = self._plan, self._plan.source.files
+        wanted = linkable(files, self._out, plan.unchanged_files)
+
+        def resume(journal: Journal) -> None:
+            there = {shard.name for shard in plan.shards if self._is_there(shard)}
+            journal.finished &= there
+            require_disk_space(self._out, plan.disk_bytes - plan.linked_bytes(there | wanted.keys()))
+            if not self._allow_rounding:
+                _require_exact_so_far(plan, journal)
+
+        header = JournalHeader(plan.digest, plan.fingerprints())
+        disk_bytes = plan.disk_bytes - plan.linked_bytes(wanted)
+        self._journal = open_run(self._out, header, disk_bytes, overwrite=overwrite, resume=resume)
+        self.finished = set(self._journal.finished)
+        remove_partial_files(self._out)
+        wanted = {name: source for name, source in wanted.items() if name not in self.finished}
+        self.links = make_links(files, self._out, wanted)
+        require_disk_space(self._out, plan.linked_bytes(wanted.keys() - self.links.keys()))
+
+    def _is_there(self, shard: Shard) -> bool:
+        """True if a shard is whole, as a file of its own or as a link."""
+        path, source = self._out / shard.name, self._plan.unchanged_files.get(shard.name)
+        return is_there(path, shard.file_bytes) or (
+            source is not None and is_link(self._plan.source.files, source, path)
+        )
+
+    def _require_same_run(self, digest: str, mark: Path) -> None:
+        """Check in another process that it takes part in the first one's run.
+
+        Raises:
+            CheckpointError: if it has another plan.
+            OutputError: if it has another folder.
+        """
+        who = f"process {self.group.rank} on {socket.gethostname()}"
+        if digest != self._plan.digest:
+            raise CheckpointError(
+                f"{self._plan.source.where}: {who} reads another checkpoint there than process 0",
+                hint="Give all processes the same source and options, and the same version of v4quant.",
+            )
+        if not mark.is_file():
+            raise OutputError(
+                f"{self._out}: is another folder for {who} than for process 0",
+                hint="Give a folder that all machines share.",
+            )
+
+    def write_shards(self, workers: int, progress: Callable[[int], Advance] | None) -> None:
+        """Write this process's share of the shards that are not finished yet."""
+        plan = self._plan
+        todo = {shard.name: shard for shard in plan.shards if shard.name not in self.finished}
+        left = {name: sum(operation.bytes_read for operation in plan.operations[name]) for name in todo}
+        costs = {name: left[name] + (0 if name in self.links else shard.file_bytes) for name, shard in todo.items()}
+        shares = share_files(costs, self.group.size)
+        keeper = JournalKeeper(self._journal, self.group, shares) if self._journal else None
+        writer = ShardWriter(
+            plan,
+            self._out,
+            workers=workers,
+            allow_rounding=self._allow_rounding,
+            links=self.links,
+            token=self.group.token,
+            advance=self.group.progress(progress(plan.bytes_read - sum(left.values())) if progress else _ignore),
+            note=keeper.note if keeper else functools.partial(send_records, self.group),
+        )
+        with keeper.collecting(writer.stop) if keeper else contextlib.nullcontext():
+            writer.write(todo[name] for name in shares[self.group.rank])
+
+    def complete(self) -> ApplyReport:
+        """Write side files, certificate, index and config, in this order, and forget the journal."""
+        certificate = self._out / CERTIFICATE_NAME
+        if self._journal is None:
+            return ApplyReport.from_json(self.group.broadcast(None), certificate)
+        plan, files = self._plan, self._plan.source.files
+        write_side_files(plan.source, plan.like, plan.format, plan.side_files, self._out)
+        verdicts, worst = _write_certificate(plan, certificate, self._journal)
+        remove_partial_files(self._out)
+        write_file(self._out / INDEX_NAME, [plan.index_bytes])
+        write_file(self._out / CONFIG_NAME, [plan.config_bytes])
+        self._journal.remove()
+        linked = sum(is_link(files, source, self._out / name) for name, source in plan.unchanged_files.items())
+        report = ApplyReport(verdicts, worst, certificate, len(self.finished), linked)
+        self.group.broadcast(report.to_json())
+        return report
+
+    def leave(self) -> None:
+        """Tidy up, in the first process, after the others have stopped."""
+        if self._journal is None:
+            return
+        remove_partial_files(self._out)
+        if not self._journal.finished:
+            remove_links(self._plan.source.files, self._out, self.links)
+        if self._journal.finished or any(self._out.glob("*.safetensors")):
+            self._journal.close()
         else:
-            forget(journal, out)
-    return report
-
-
-def _open_journal(plan: Plan, out: Path, *, overwrite: bool, allow_rounding: bool) -> Journal:
-    """Make the output folder ready, and begin or continue its journal."""
-    require_apart(out, plan.folders)
-
-    def resume(journal: Journal) -> None:
-        journal.finished = {s.name for s in plan.shards if s.name in journal.finished and _is_there(out, s)}
-        require_disk_space(out, plan.disk_bytes - sum(s.file_bytes for s in plan.shards if _is_there(out, s)))
-        if not allow_rounding:
-            _require_exact_so_far(plan, journal)
-
-    header = JournalHeader(plan.digest, plan.fingerprints())
-    return open_run(out, header, plan.disk_bytes, overwrite=overwrite, resume=resume)
+            forget(self._journal, self._out)
 
 
 def _require_exact_so_far(plan: Plan, journal: Journal) -> None:
     """Refuse shards that an earlier run, which was allowed to, has rounded."""
-    rounded = [record for record in journal.records() if record.verdict is Verdict.ROUNDED and _is_weight(record)]
+    rounded = [record for record in journal.records() if is_rounded_weight(record)]
     if rounded:
         raise RoundingRefusedError(f"the unfinished run in {journal.path.parent}", plan.format.name, rounded)
 
 
-def _is_there(out: Path, shard: Shard) -> bool:
-    return is_there(out / shard.name, shard.file_bytes)
-
-
-class _Run:
-    """The shards of one run."""
-
-    def __init__(self, plan: Plan, out: Path, journal: Journal, workers: int, *, allow_rounding: bool) -> None:
-        self._plan = plan
-        self._out = out
-        self._journal = journal
-        self._workers = workers
-        self._allow_rounding = allow_rounding
-        self._stop = threading.Event()
-        self._of_thread = threading.local()
-        self._syncing: Future[None] | None = None
-
-    def write_shards(self, progress: Callable[[int], Advance] | None) -> None:
-        """Write the shards that are not finished yet."""
-        todo = [shard for shard in self._plan.shards if shard.name not in self._journal.finished]
-        left = sum(operation.bytes_read for shard in todo for operation in self._plan.operations[shard.name])
-        advance = progress(self._plan.bytes_read - left) if progress else None
-        started: deque[_OpenShard] = deque()
-        with ThreadPoolExecutor(self._workers) as pool, ThreadPoolExecutor(1) as finisher:
-            # A Ctrl-C while a thread starts makes its pool forget it; what this one does must be waited for.
-            finisher.submit(_nothing).result()
-            try:
-                for shard in todo:
-                    # The next shard's tensors queue up before the last ones of this are done, so no worker waits.
-                    started.append(self._start(shard, pool, advance))
-                    if len(started) > 1:
-                        self._complete(started, finisher)
-                while started:
-                    self._complete(started, finisher)
-                if self._syncing is not None:
-                    self._syncing.result()
-            except BaseException:
-                self._stop.set()
-                for open_shard in started:
-                    open_shard.abandon()
-                raise
-
-    def _start(self, shard: Shard, pool: ThreadPoolExecutor, advance: Advance | None) -> "_OpenShard":
-        """Open a shard's partial file and queue its tensors."""
-        file = ShardFile(self._out / shard.name, shard.header, shard.file_bytes)
-        report = _named(advance, shard.name) if advance else _ignore
-        tasks = [pool.submit(self._convert, task, file, report) for task in self._plan.operations[shard.name]]
-        return _OpenShard(shard, file, tasks)
-
-    def _complete(self, started: "deque[_OpenShard]", finisher: ThreadPoolExecutor) -> None:
-        """Wait for the first open shard, prove it, and have it synced and journalled."""
-        shard, file, tasks = started[0].shard, started[0].file, started[0].tasks
-        finished, _ = wait(tasks, return_when=FIRST_EXCEPTION)
-        _raise_first(finished)
-        place = {name: number for number, name in enumerate(shard.entries)}
-        records = sorted((r for task in tasks for r in task.result()), key=lambda record: place[record.tensor])
-        self._require_exact(shard, records)
-        for name in {entry.file for operation in self._plan.operations[shard.name] for entry in operation.source}:
-            self._plan.source.files.require_unchanged(name)
-        # One shard is synced at a time: more would only queue up in memory.
-        if self._syncing is not None:
-            self._syncing.result()
-        started.popleft()
-        self._syncing = finisher.submit(self._finish, shard, file, records)
-
-    def _convert(self, operation: Operation, file: ShardFile, report: Callable[[int], None]) -> list[TensorRecord]:
-        if not hasattr(self._of_thread, "scratch"):
-            self._of_thread.scratch = Scratch()
-        return convert_tensor(self._plan, operation, file, Worker(self._stop, report, self._of_thread.scratch))
-
-    def _require_exact(self, shard: Shard, records: list[TensorRecord]) -> None:
-        """Refuse rounding that nobody allowed; the whole shard is measured, so that the worst tensors can be named."""
-        rounded = [record for record in records if record.verdict is Verdict.ROUNDED and _is_weight(record)]
-        if rounded and not self._allow_rounding:
-            raise RoundingRefusedError(shard.name, self._plan.format.name, rounded)
-
-    def _finish(self, shard: Shard, file: ShardFile, records: list[TensorRecord]) -> None:
-        file.finish()
-        self._journal.append(shard.name, records)
-
-
-@dataclass(frozen=True)
-class _OpenShard:
-    """A shard whose tensors are being computed."""
-
-    shard: Shard
-    file: ShardFile
-    tasks: list[Future[list[TensorRecord]]]
-
-    def abandon(self) -> None:
-        """Give the shard up; the run's stop event is set already."""
-        wait([task for task in self.tasks if not task.cancel()])
-        self.file.abandon()
-
-
-def _ignore(_count: int) -> None:
+def _ignore(_count: int, _shard: str) -> None:
     """Report progress to nobody."""
 
 
-def _nothing() -> None:
-    """Let a thread start."""
-
-
-def _named(advance: Advance, shard: str) -> Callable[[int], None]:
-    return lambda count: advance(count, shard)
-
-
-def _raise_first(finished: Iterable[Future[list[TensorRecord]]]) -> None:
-    """Raise what went wrong; that a task was stopped because of it says nothing."""
-    errors = [error for task in finished if (error := task.exception()) is not None]
-    for error in sorted(errors, key=lambda error: isinstance(error, StoppedError)):
-        raise error
-
-
-def _is_weight(record: TensorRecord) -> bool:
-    return record.tensor.endswith(".weight")
-
-
-def _complete(plan: Plan, out: Path, journal: Journal, resumed: int) -> ApplyReport:
-    """Write certificate, index and config, in this order, and forget the journal."""
+def _write_certificate(plan: Plan, path: Path, journal: Journal) -> tuple[Counter[Verdict], list[TensorRecord]]:
+    """Write the certificate from the journal; returns verdicts and the worst rounded tensors."""
     verdicts: Counter[Verdict] = Counter()
     rounded: list[TensorRecord] = []
 
@@ -247,21 +278,17 @@ def _complete(plan: Plan, out: Path, journal: Journal, resumed: int) -> ApplyRep
         yield _line(_certificate_header(plan).to_json())
         for record in journal.records():
             verdicts[record.verdict] += 1
-            if record.verdict is Verdict.ROUNDED and _is_weight(record):
+            if is_rounded_weight(record):
                 rounded[:] = worst_first([*rounded, record])[:_SHOWN_ROUNDED]
             yield _line(record.to_json())
 
-    write_file(out / CERTIFICATE_NAME, lines())
+    write_file(path, lines())
     if verdicts.total() != plan.tensors:
         raise OutputError(
             f"{journal.path}: has lines for {verdicts.total():,} tensors, expected {plan.tensors:,}",
             hint="The journal was edited or damaged; remove the folder and convert again.",
         )
-    remove_partial_files(out)
-    write_file(out / INDEX_NAME, [plan.index_bytes])
-    write_file(out / CONFIG_NAME, [plan.config_bytes])
-    journal.remove()
-    return ApplyReport(verdicts, rounded, out / CERTIFICATE_NAME, resumed)
+    return verdicts, rounded
 
 
 def _certificate_header(plan: Plan) -> CertificateHeader:

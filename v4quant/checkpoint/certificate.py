@@ -100,6 +100,11 @@ class TensorRecord:
             ) from error
 
 
+def is_rounded_weight(record: TensorRecord) -> bool:
+    """True for a weight that lost bits; a block scale only shares its verdict."""
+    return record.verdict is Verdict.ROUNDED and record.tensor.endswith(".weight")
+
+
 def worst_first(records: Iterable[TensorRecord]) -> list[TensorRecord]:
     """Sort rounded tensors by relative RMS error, largest first."""
     return sorted(records, key=lambda record: -record.measured["rms_relative_error"])

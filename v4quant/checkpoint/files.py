@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from v4quant.checkpoint.file_stamp import Stamp
 from v4quant.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Source(Protocol):
         """Bytes of a file, as it was listed."""
 
     def fingerprint(self, name: str) -> str:
-        """What tells a file from a changed one without reading it."""
+        """What tells a file from a changed one without reading it; file_stamp.is_same_fingerprint compares two."""
 
     def noted_sha256(self, name: str) -> str | None:
         """The hash that is promised of a file; None where nobody promised any."""
@@ -112,12 +113,23 @@ class Files:
         return self._stat[name].st_size
 
     def fingerprint(self, name: str) -> str:
-        """What tells a file from a changed one without reading it.
+        """What tells a file from a changed one without reading it; file_stamp.is_same_fingerprint compares two.
 
-        Its bytes, and the times of its last change of data and of anything: the second cannot be set by hand.
+        The numbers of a Stamp.
         """
-        found = self._stat[name]
-        return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+        return " ".join(map(str, Stamp.of(self._stat[name])))
+
+    def is_at(self, name: str, path: Path) -> bool:
+        """True if a path is another name of a listed file: a hard link to it."""
+        try:
+            found = path.lstat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (self._stat[name].st_dev, self._stat[name].st_ino)
+
+    def device(self, name: str) -> int:
+        """Number of the file system that a file lies on."""
+        return self._stat[name].st_dev
 
     def noted_sha256(self, name: str) -> str | None:
         """Nothing: a folder promises no hashes."""
@@ -163,9 +175,8 @@ class Files:
 
     def _require_unchanged(self, where: str, name: str, found: os.stat_result) -> None:
         listed = self._stat[name]
-        for key in ("st_ino", "st_size", "st_mtime_ns", "st_ctime_ns"):
-            if getattr(found, key) != getattr(listed, key):
-                raise CheckpointError(f"{where}: has changed since this run began", hint=_HINT_CHANGED)
+        if found.st_ino != listed.st_ino or not Stamp.of(found).is_same(Stamp.of(listed)):
+            raise CheckpointError(f"{where}: has changed since this run began", hint=_HINT_CHANGED)
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
         if prefix.count("/") > MAX_FOLDERS_DEEP:

@@ -3,7 +3,7 @@
 File `v4quant.journal.jsonl` in the output folder: a header line with the plan's digest and the source's fingerprints,
 then, for each finished shard, its records (a conversion's are certificate lines) and a closing line. Every shard's
 lines are synced after its data, so a shard that the journal calls finished is whole. The file is locked while a run
-works, and removed when it is done.
+works, and removed when it is done. One process writes it, however many work on the run (journal_keeper.py).
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from v4quant.checkpoint.certificate import TensorRecord
+from v4quant.checkpoint.file_stamp import is_same_fingerprint
 from v4quant.checkpoint.output import disk_errors, sync_folder
 from v4quant.checkpoint.reader import JOURNAL_NAME
 from v4quant.errors import CheckpointError, OutputError
@@ -27,6 +28,16 @@ class JournalHeader:
 
     plan: str
     fingerprints: dict[str, str]
+
+    def is_same_run(self, other: "JournalHeader") -> bool:
+        """True if this is a header of the same run: the same plan, and an unchanged source."""
+        return self.plan == other.plan and not self.changed_files(other)
+
+    def changed_files(self, other: "JournalHeader") -> list[str]:
+        """Names of the source files that are not in both headers as the same unchanged file."""
+        names = self.fingerprints.keys() | other.fingerprints.keys()
+        pairs = {name: (self.fingerprints.get(name), other.fingerprints.get(name)) for name in names}
+        return sorted(n for n, (a, b) in pairs.items() if a is None or b is None or not is_same_fingerprint(a, b))
 
 
 class Record(Protocol):
@@ -59,10 +70,11 @@ class Journal:
             line = file.readline()
         if not line.endswith("\n"):
             return None
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             entry: dict[str, Any] = json.loads(line)
-            if isinstance(entry["plan"], str) and isinstance(entry["fingerprints"], dict):
-                return JournalHeader(entry["plan"], entry["fingerprints"])
+            plan, fingerprints = entry["plan"], entry["fingerprints"]
+            if isinstance(plan, str) and all(isinstance(mark, str) for mark in fingerprints.values()):
+                return JournalHeader(plan, fingerprints)
         raise OutputError(f"{self.path}: not a journal that v4quant writes", hint="Remove it, or the whole folder.")
 
     def begin(self, header: JournalHeader) -> None:
@@ -168,12 +180,7 @@ def lock_journal(folder: Path) -> Journal:
 
 
 def _require_same(folder: Path, found: JournalHeader, wanted: JournalHeader) -> None:
-    changed = sorted(
-        name
-        for name in found.fingerprints.keys() | wanted.fingerprints.keys()
-        if found.fingerprints.get(name) != wanted.fingerprints.get(name)
-    )
-    if changed:
+    if changed := found.changed_files(wanted):
         raise CheckpointError(
             f"{folder} holds an unfinished run, and its source has changed since it began: {', '.join(changed[:5])}",
             hint="Restore the source, or start again with --overwrite.",

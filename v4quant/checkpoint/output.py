@@ -231,7 +231,9 @@ def make_room(out: Path, needed_bytes: int, keep: str = "") -> None:
             raise OutputError(
                 f"{folders[0]}: is a folder, expected a file of a checkpoint", hint="Choose another output folder."
             )
-        require_disk_space(out, needed_bytes - sum(path.lstat().st_size for path in old))
+        # What has another name elsewhere takes its space there.
+        freed = sum(found.st_size for path in old if (found := path.lstat()).st_nlink == 1)
+        require_disk_space(out, needed_bytes - freed)
         for path in old:
             path.unlink()
         for folder in ranks:

@@ -6,7 +6,8 @@ and disk needed, and which tensors can lose bits; `apply` only carries it out.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import v4quant
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.index import build_index
-from v4quant.checkpoint.layout import HeaderTensor, Shard, lay_out
+from v4quant.checkpoint.layout import HeaderTensor, Packing, Shard, lay_out
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.checkpoint.side_files import require_side_files_fit, side_files
 from v4quant.encodings import Encoding, Scheme
@@ -153,8 +154,28 @@ class Plan:
         return build_index(weight_map, self.bytes_written)
 
     @cached_property
+    def unchanged_files(self) -> dict[str, str]:
+        """Output files that hold exactly the tensors of one source file, bit for bit, and which file that is.
+
+        Only re-packing looks for them: a shared file would surprise whoever edits the result of a conversion.
+        """
+        if self.source.scheme != self.format.scheme:
+            return {}
+        held = Counter(entry.file for entry in self.source.tensors.values())
+        found: dict[str, str] = {}
+        for shard in self.shards:
+            files = {entry.file for operation in self.operations[shard.name] for entry in operation.source}
+            if len(files) == 1 and held[file := files.pop()] == len(shard.entries):
+                found[shard.name] = file
+        return found
+
+    def linked_bytes(self, links: Collection[str]) -> int:
+        """Bytes that these output files would take if they were no links."""
+        return sum(shard.file_bytes for shard in self.shards if shard.name in links)
+
+    @cached_property
     def disk_bytes(self) -> int:
-        """Bytes of all output files but the certificate, which adds about 400 a tensor and is counted so."""
+        """Bytes of all output files, none of them a link; the certificate is counted as 400 a tensor."""
         side = sum(self.source.files.size(name) for name in self.side_files)
         shards = sum(shard.file_bytes for shard in self.shards)
         return shards + side + len(self.config_bytes) + len(self.index_bytes) + 400 * self.tensors
@@ -198,6 +219,7 @@ def make_plan(
     target: Format,
     *,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    packing: Packing = Packing.LAYER,
     like: Checkpoint | None = None,
 ) -> Plan:
     """Plan the conversion of a sound checkpoint.
@@ -206,6 +228,7 @@ def make_plan(
         source: the checkpoint to convert.
         target: the format to write.
         max_shard_bytes: payload limit of an output file.
+        packing: which tensors share a file.
         like: an original in the target format whose block scales are reused where they reproduce the values.
 
     Raises:
@@ -218,7 +241,7 @@ def make_plan(
         like.require_sound()
         _require_alike(source, target, like)
     drafts = [_draft(logical, source, target.scheme) for logical in source.logical]
-    shards = lay_out((draft.tensors for draft in drafts), max_shard_bytes)
+    shards = lay_out((draft.tensors for draft in drafts), max_shard_bytes, packing)
     place = {name: (shard.name, entry) for shard in shards for name, entry in shard.entries.items()}
     operations: dict[str, list[Operation]] = {shard.name: [] for shard in shards}
     for draft in drafts:

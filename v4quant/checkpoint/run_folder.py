@@ -40,7 +40,7 @@ def open_run(
     journal = lock_journal(out)
     try:
         found = journal.header()
-        if found == header or (found is not None and not overwrite):
+        if found is not None and (not overwrite or header.is_same_run(found)):
             journal.resume(header)
             resume(journal)
         else:

@@ -16,6 +16,7 @@ import v4quant
 from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.journal import Journal, JournalHeader
+from v4quant.checkpoint.layout import Packing
 from v4quant.checkpoint.output import require_disk_space, write_file
 from v4quant.checkpoint.plan import BASE_MEMORY_BYTES, CHUNK_BYTES, DEFAULT_MAX_SHARD_BYTES, DEFAULT_WORKERS
 from v4quant.checkpoint.reader import SHARDS_NAME, Checkpoint
@@ -137,6 +138,7 @@ def plan_shard(
     *,
     fp8_experts: bool = False,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    packing: Packing = Packing.LAYER,
 ) -> ShardPlan:
     """Plan the sharding of a sound checkpoint.
 
@@ -146,6 +148,7 @@ def plan_shard(
         layout: how they lie on disk.
         fp8_experts: cast FP4 experts to FP8; in DeepSeek's layout alone.
         max_shard_bytes: payload limit of a file in ranks' folders.
+        packing: how tensors are packed into files in ranks' folders.
 
     Raises:
         CheckpointError: if the source has problems.
@@ -161,7 +164,7 @@ def plan_shard(
         )
     fp8_experts = fp8_experts and source.scheme.expert == FP4
     limit = max_shard_bytes if layout is Layout.RANKS else 0
-    run = Run(grid, layout, _sample(source), fp8_experts, limit)
+    run = Run(grid, layout, _sample(source), fp8_experts, limit, packing)
     kept = {name: source.files.size(name) for name in kept_files(source)}
     return ShardPlan(source, lay_out_ranks(_source_files(source), kept, run), side_files(source))
 

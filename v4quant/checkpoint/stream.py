@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from v4quant.checkpoint.certificate import TensorRecord, Verdict
 from v4quant.checkpoint.header import TensorEntry
-from v4quant.checkpoint.output import ShardFile
 from v4quant.checkpoint.plan import CHUNK_BYTES, Operation, Plan, chunk_rows
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.encodings import Encoding
@@ -26,6 +26,13 @@ from v4quant.numerics.errors import NonFiniteError
 from v4quant.numerics.measure import RoundingMeter
 
 Advance = Callable[[int], None]
+
+
+class Writable(Protocol):
+    """A file, or what stands for it, that takes bytes at an absolute offset, from any thread."""
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Write bytes."""
 
 
 class StoppedError(Exception):
@@ -111,7 +118,7 @@ class _TensorReader:
 class _TensorWriter:
     """Writes and hashes one output tensor from front to back; a copy has the hash of what it was read from."""
 
-    def __init__(self, shard: ShardFile, entry: TensorEntry, copied: _TensorReader | None = None) -> None:
+    def __init__(self, shard: Writable, entry: TensorEntry, copied: _TensorReader | None = None) -> None:
         self.entry = entry
         self._shard = shard
         self._offset = entry.start
@@ -129,7 +136,7 @@ class _TensorWriter:
         return self._hash.hexdigest() if self._copied is None else self._copied.digest()
 
 
-def convert_tensor(plan: Plan, operation: Operation, shard: ShardFile, worker: Worker) -> list[TensorRecord]:
+def convert_tensor(plan: Plan, operation: Operation, shard: Writable, worker: Worker) -> list[TensorRecord]:
     """Convert one tensor, or one weight with its scale.
 
     Args:
@@ -153,7 +160,7 @@ def convert_tensor(plan: Plan, operation: Operation, shard: ShardFile, worker: W
     return records
 
 
-def _copy_bytes(plan: Plan, operation: Operation, shard: ShardFile, worker: Worker) -> list[TensorRecord]:
+def _copy_bytes(plan: Plan, operation: Operation, shard: Writable, worker: Worker) -> list[TensorRecord]:
     """Pass a tensor through bit for bit."""
     reader = _TensorReader(plan.source, operation.source[0])
     writer = _TensorWriter(shard, operation.target[0], copied=reader)
@@ -168,7 +175,7 @@ def _copy_bytes(plan: Plan, operation: Operation, shard: ShardFile, worker: Work
 
 
 def _convert_weight(
-    plan: Plan, operation: Operation, shard: ShardFile, worker: Worker, meter: RoundingMeter | None
+    plan: Plan, operation: Operation, shard: Writable, worker: Worker, meter: RoundingMeter | None
 ) -> list[TensorRecord] | None:
     """Convert a weight band by band; None as soon as a value changed and there is no meter to measure by how much."""
     before, after = operation.source_encoding, operation.target_encoding

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.header import TensorEntry, build_header
-from v4quant.checkpoint.layout import HeaderTensor, Shard, block_key, lay_out
+from v4quant.checkpoint.layout import HeaderTensor, Packing, Shard, block_key, lay_out
 from v4quant.checkpoint.tp_rules import Layout
 from v4quant.names import scale_name
 
@@ -32,6 +32,7 @@ class Run:
         layout: how their files lie on disk.
         fp8_experts: cast FP4 experts to FP8; in DeepSeek's layout alone.
         max_shard_bytes: payload limit of a file; in rank folders alone.
+        packing: how tensors are packed into files; in rank folders alone.
         source: what tells the checkpoint from others: a hash over its headers and a sample of its data.
     """
 
@@ -40,12 +41,14 @@ class Run:
     source: str
     fp8_experts: bool = False
     max_shard_bytes: int = 0
+    packing: Packing = Packing.LAYER
 
     @property
     def id(self) -> str:
         """What tells the files of this run from those of another checkpoint or of other options."""
         grid = self.grid
-        told = [self.source, self.layout, grid.tp, grid.ep, grid.pp, self.fp8_experts, self.max_shard_bytes]
+        told = [self.source, self.layout, grid.tp, grid.ep, grid.pp, self.fp8_experts]
+        told += [self.max_shard_bytes, self.packing]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
@@ -65,7 +68,8 @@ def files_of_rank(rank: int, tensors: Sequence[HeaderTensor], run: Run) -> list[
     metadata = {RUN_KEY: run.id, RANK_KEY: str(rank), RANKS_KEY: str(ranks)}
     if run.layout is Layout.DEEPSEEK:
         return [_file(rank_file(rank, ranks), tensors, metadata)]
-    return lay_out(_units(tensors), run.max_shard_bytes, folder=f"{rank_folder(rank)}/", metadata=metadata)
+    folder = f"{rank_folder(rank)}/"
+    return lay_out(_units(tensors), run.max_shard_bytes, run.packing, folder=folder, metadata=metadata)
 
 
 def _units(tensors: Iterable[HeaderTensor]) -> list[tuple[HeaderTensor, ...]]:

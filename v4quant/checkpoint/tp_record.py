@@ -14,6 +14,7 @@ from v4quant import strict_json
 from v4quant.checkpoint.files import MAX_FILES, Files
 from v4quant.checkpoint.grid import MAX_RANKS, Grid
 from v4quant.checkpoint.index import INDEX_NAME
+from v4quant.checkpoint.layout import Packing
 from v4quant.checkpoint.reader import SHARDS_NAME
 from v4quant.checkpoint.tp_files import Run
 from v4quant.checkpoint.tp_rules import Layout
@@ -86,6 +87,7 @@ class ShardsRecord:
             "pp": run.grid.pp,
             "fp8_experts": run.fp8_experts,
             "max_shard_bytes": run.max_shard_bytes,
+            "packing": run.packing,
             "source": run.source,
             "run": run.id,
             "weights": _sizes_and_hashes(self.weights),
@@ -144,7 +146,10 @@ def _run(told: Mapping[str, Any], where: str) -> Run:
         raise CheckpointError(f"{where}: layout is {layout}, expected ep and pp to be 1", hint=_HINT)
     if grid.ranks > MAX_RANKS:
         raise CheckpointError(f"{where}: tells of {grid.ranks:,} ranks, expected at most {MAX_RANKS:,}", hint=_HINT)
-    run = Run(grid, Layout(layout), source, fp8_experts, size)
+    packing = told.get("packing")
+    if packing not in tuple(Packing):
+        raise CheckpointError(f"{where}: packing is none of {', '.join(Packing)}", hint=_HINT)
+    run = Run(grid, Layout(layout), source, fp8_experts, size, Packing(packing))
     if told.get("run") != run.id:
         raise CheckpointError(f"{where}: run is not that of the options beside it", hint=_HINT)
     return run

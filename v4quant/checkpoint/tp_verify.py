@@ -24,7 +24,8 @@ from v4quant.checkpoint.tp_layout import Placement
 from v4quant.checkpoint.tp_rules import Layout
 from v4quant.checkpoint.tp_stream import Output, scatter
 from v4quant.checkpoint.units import Advance, work_through
-from v4quant.checkpoint.verify import Mismatch, VerifyReport, verify_against
+from v4quant.checkpoint.verify import verify_against
+from v4quant.checkpoint.verify_report import Mismatch, VerifyReport
 from v4quant.config import CONFIG_NAME
 from v4quant.errors import CheckFailedError, CheckpointError
 from v4quant.formats.cast import Scratch
@@ -184,7 +185,9 @@ class _Consistency:
                     if self._shares[record.tensor][number] != record.sha256:
                         yield Mismatch(record.tensor, f"has another sha256 than {where} says", {"file": entry.file})
             if left:
-                yield Mismatch(min(left), f"has no line in {where} (and {len(left) - 1} more)")
+                yield Mismatch(
+                    min(left), f"has no line in {where}{f' (and {len(left) - 1} more)' if len(left) > 1 else ''}"
+                )
 
 
 def _share_numbers(placements: Mapping[str, list[Placement]]) -> dict[str, dict[str, int]]:

@@ -1,16 +1,16 @@
 """Verify a checkpoint: re-hash it against its certificate, or compare every value with the checkpoint it came from.
 
 Hashes catch damage after the conversion; values catch a conversion that was wrong. Values are decoded by a second
-decoder that shares nothing with the one that converted (second_decoder.py). Both stream, a tensor a thread.
+decoder that shares nothing with the one that converted (second_decoder.py). Both stream, a tensor a thread. Several
+processes share the tensors out by bytes; the first one merges what they find into the report that one would have made.
 """
 
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME, TensorRecord, Verdict, read_certificate
 from v4quant.checkpoint.compare import compare_plain, compare_weight
@@ -18,7 +18,10 @@ from v4quant.checkpoint.compare_config import config_differences
 from v4quant.checkpoint.files import Source
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.plan import DEFAULT_WORKERS
+from v4quant.checkpoint.process_group import ProcessGroup
 from v4quant.checkpoint.reader import Checkpoint
+from v4quant.checkpoint.shares import share_in_order
+from v4quant.checkpoint.verify_report import Findings, Mismatch, VerifyReport
 from v4quant.config import CONFIG_NAME
 from v4quant.inventory import LogicalTensor
 from v4quant.names import scale_name
@@ -29,76 +32,63 @@ _Result = TypeVar("_Result")
 _READ_BYTES = 4 * 2**20
 
 
-@dataclass(frozen=True)
-class Mismatch:
-    """One tensor or file that is not as it should be.
-
-    Attributes:
-        tensor: its name; a file's name for what concerns no tensor.
-        reason: expected and found.
-        details: for a wrong value its coordinate, expected and found values.
-    """
-
-    tensor: str
-    reason: str
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The mismatch as a JSON object."""
-        return {"tensor": self.tensor, "reason": self.reason, **self.details}
-
-
-@dataclass
-class VerifyReport:
-    """What a verification found.
-
-    Attributes:
-        verdicts: tensors that are as they should be, by verdict.
-        mismatches: those that are not.
-    """
-
-    verdicts: Counter[Verdict] = field(default_factory=Counter)
-    mismatches: list[Mismatch] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """True if nothing is wrong."""
-        return not self.mismatches
-
-
 def _ignore(_count: int, _file: str) -> None:
     """Report progress to nobody."""
 
 
-def verify_hashes(out: Checkpoint, *, workers: int = DEFAULT_WORKERS, progress: Advance = _ignore) -> VerifyReport:
+def verify_hashes(
+    out: Checkpoint,
+    *,
+    workers: int = DEFAULT_WORKERS,
+    progress: Advance = _ignore,
+    group: ProcessGroup | None = None,
+) -> VerifyReport:
     """Hash every tensor and compare with the certificate, both ways.
 
     Args:
         out: the checkpoint to verify.
         progress: told bytes hashed, and of which file.
+        group: the processes that call this with the same checkpoint, to share the tensors out; one by default.
+
+    Returns:
+        What all processes found, in the first one; in the others what they found themselves.
 
     Raises:
         CheckpointError: if there is no certificate, or it is damaged.
+        EndedElsewhereError, LostProcessError: if another process has failed or died.
     """
+    group = group or ProcessGroup()
     header, records = read_certificate(out.files)
-    report = VerifyReport()
-    report.mismatches += _structural(out)
+    in_place = sorted(out.tensors.values(), key=lambda entry: (entry.file, entry.start))
+    rank_of = _ranks(out, (entry.name for entry in in_place), group)
+    advance = group.progress(progress)
+    seen: Counter[str] = Counter()
+
+    def own() -> Iterator[tuple[int, TensorRecord, bool]]:
+        """The records of this process with their numbers, and whether their tensor had one before."""
+        for number, record in enumerate(records):
+            seen[record.tensor] += 1
+            if rank_of.get(record.tensor, 0) == group.rank:
+                yield number, record, seen[record.tensor] > 1
+
+    def check(item: tuple[int, TensorRecord, bool]) -> tuple[int, Mismatch | TensorRecord]:
+        number, record, is_second = item
+        mismatch = _check_record(out, record, advance)
+        if is_second:
+            mismatch = Mismatch(record.tensor, "has two lines in the certificate")
+        return number, mismatch or record
+
+    found = Findings()
+    for number, result in _in_threads(check, own(), workers):
+        if isinstance(result, Mismatch):
+            found.mismatches.append((number, result))
+        else:
+            found.verdicts[result.verdict] += 1
+    report = VerifyReport(mismatches=_structural(out))
     if hashlib.sha256(out.config_bytes).hexdigest() != header.config_sha256:
         report.mismatches.append(Mismatch(CONFIG_NAME, "is not the file that the certificate was made with"))
-
-    def check(record: TensorRecord) -> tuple[TensorRecord, Mismatch | None]:
-        return record, _check_record(out, record, progress)
-
-    seen: set[str] = set()
-    for record, mismatch in _in_threads(check, records, workers):
-        if record.tensor in seen:
-            mismatch = Mismatch(record.tensor, "has two lines in the certificate")
-        seen.add(record.tensor)
-        if mismatch is None:
-            report.verdicts[record.verdict] += 1
-        else:
-            report.mismatches.append(mismatch)
-    for name in sorted(out.tensors.keys() - seen):
+    found.merge_into(report, group)
+    for name in sorted(out.tensors.keys() - seen.keys()):
         report.mismatches.append(Mismatch(name, "is in no line of the certificate"))
     if header.tensors != len(seen):
         reason = f"promises {header.tensors:,} tensors, but has lines for {len(seen):,}"
@@ -107,7 +97,12 @@ def verify_hashes(out: Checkpoint, *, workers: int = DEFAULT_WORKERS, progress: 
 
 
 def verify_values(
-    out: Checkpoint, source: Checkpoint, *, workers: int = DEFAULT_WORKERS, progress: Advance = _ignore
+    out: Checkpoint,
+    source: Checkpoint,
+    *,
+    workers: int = DEFAULT_WORKERS,
+    progress: Advance = _ignore,
+    group: ProcessGroup | None = None,
 ) -> VerifyReport:
     """Decode both checkpoints and compare every value of every tensor, signs of zero included, and config.json.
 
@@ -118,24 +113,32 @@ def verify_values(
         out: the checkpoint to verify.
         source: what it must hold the values of; sound.
         progress: told bytes of `out` compared, and of which file.
+        group, Returns: as verify_hashes.
 
     Raises:
         CheckpointError: if the source has problems, or the certificate is damaged.
+        EndedElsewhereError, LostProcessError: if another process has failed or died.
     """
+    group = group or ProcessGroup()
     source.require_sound()
-    report = VerifyReport()
-    report.mismatches += _structural(out)
-    report.mismatches += [Mismatch(CONFIG_NAME, difference) for difference in config_differences(out, source)]
-    allowed = _rounded_records(out)
+    advance, allowed = group.progress(progress), _rounded_records(out)
+    ranks = _ranks(out, (tensor.name for tensor in source.logical), group)
+    own = ((number, tensor) for number, tensor in enumerate(source.logical) if ranks[tensor.name] == group.rank)
 
-    def check(tensor: LogicalTensor) -> tuple[int, Verdict | Mismatch]:
-        return _stored_parts(out, tensor), _check_values(out, source, tensor, allowed.get(tensor.name), progress)
+    def check(item: tuple[int, LogicalTensor]) -> tuple[int, int, Verdict | Mismatch]:
+        number, tensor = item
+        result = _check_values(out, source, tensor, allowed.get(tensor.name), advance)
+        return number, _stored_parts(out, tensor), result
 
-    for parts, found in _in_threads(check, source.logical, workers):
-        if isinstance(found, Mismatch):
-            report.mismatches.append(found)
+    found = Findings()
+    for number, parts, result in _in_threads(check, own, workers):
+        if isinstance(result, Mismatch):
+            found.mismatches.append((number, result))
         else:
-            report.verdicts[found] += parts
+            found.verdicts[result] += parts
+    report = VerifyReport(mismatches=_structural(out))
+    report.mismatches += [Mismatch(CONFIG_NAME, difference) for difference in config_differences(out, source)]
+    found.merge_into(report, group)
     ours = {tensor.name for tensor in source.logical}
     for name in sorted(out.tensors.keys() - ours - {scale_name(n) for n in ours if n.endswith(".weight")}):
         report.mismatches.append(Mismatch(name, f"is not in {source.where}"))
@@ -159,20 +162,31 @@ def value_differences(
 
 
 def verify_against(
-    out: Checkpoint, source: Checkpoint, *, workers: int = DEFAULT_WORKERS, progress: Advance = _ignore
+    out: Checkpoint,
+    source: Checkpoint,
+    *,
+    workers: int = DEFAULT_WORKERS,
+    progress: Advance = _ignore,
+    group: ProcessGroup | None = None,
 ) -> VerifyReport:
     """Compare every value with the source and, where there is a certificate, every byte with it.
 
     The certificate is what allows rounded tensors to differ, so it must fit the bytes itself.
 
-    Args, Raises: as verify_values.
+    Args, Returns, Raises: as verify_values.
     """
-    report = verify_values(out, source, workers=workers, progress=progress)
+    report = verify_values(out, source, workers=workers, progress=progress, group=group)
     if CERTIFICATE_NAME in out.files:
         named = {_module(mismatch.tensor) for mismatch in report.mismatches}
-        hashes = verify_hashes(out, workers=workers, progress=progress)
+        hashes = verify_hashes(out, workers=workers, progress=progress, group=group)
         report.mismatches += [mismatch for mismatch in hashes.mismatches if _module(mismatch.tensor) not in named]
     return report
+
+
+def _ranks(out: Checkpoint, names: Iterable[str], group: ProcessGroup) -> dict[str, int]:
+    """Which process looks at which tensor: runs of neighbours, of about the same bytes."""
+    sizes = {name: out.tensors[name].bytes if name in out.tensors else 0 for name in names}
+    return dict(zip(sizes, share_in_order(list(sizes.values()), group.size), strict=True))
 
 
 def _module(tensor: str) -> str:

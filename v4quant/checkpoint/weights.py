@@ -5,23 +5,55 @@ that are no powers of two), that is an error and no rounding behind the user's b
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from v4quant.checkpoint.files import Source
 from v4quant.checkpoint.header import TensorEntry
-from v4quant.checkpoint.reader import Checkpoint
-from v4quant.encodings import BF16, Encoding
+from v4quant.encodings import BF16, Encoding, Scheme
 from v4quant.errors import CheckpointError
 from v4quant.formats.cast import Array, Scratch, Weight, cast, codes_dtype, scale_dtype
-from v4quant.names import Role, scale_name
+from v4quant.names import Role, TensorName, scale_name
 from v4quant.numerics.errors import NonFiniteError
 
 _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
 _CODES = {"I8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 _SCALES = {"F8_E8M0": torch.uint8, "F32": torch.float32}
+
+
+class Holder(Protocol):
+    """What tensors are read from: a checkpoint, or what one rank of a sharded one holds."""
+
+    @property
+    def where(self) -> str:
+        """Its name, for messages."""
+
+    @property
+    def files(self) -> Source:
+        """The folder."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """Where each tensor lies."""
+
+    @property
+    def parsed(self) -> Mapping[str, TensorName]:
+        """Their names, taken apart."""
+
+    @property
+    def scheme(self) -> Scheme:
+        """How quantised matrices are stored."""
+
+    def require_sound(self) -> None:
+        """Refuse one that contradicts itself.
+
+        Raises:
+            CheckpointError: if it does.
+        """
 
 
 class Buffers(Scratch):
@@ -105,20 +137,33 @@ class Weights:
         bytes_read: stored bytes read so far.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        """Read from a sound checkpoint.
+    def __init__(self, source: Holder) -> None:
+        """Read from a sound checkpoint, or from a rank of one.
 
         Raises:
             CheckpointError: if the checkpoint has problems.
         """
-        checkpoint.require_sound()
-        self.checkpoint = checkpoint
+        source.require_sound()
+        self.source = source
         self.bytes_read = 0
         self._lock = threading.Lock()
 
+    @property
+    def scheme(self) -> Scheme:
+        """How quantised matrices are stored."""
+        return self.source.scheme
+
     def has(self, name: str) -> bool:
         """True if the checkpoint stores this tensor."""
-        return name in self.checkpoint.tensors
+        return name in self.source.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Stored shape of a tensor.
+
+        Raises:
+            CheckpointError: if there is none of this name.
+        """
+        return self._entry(name).shape
 
     def encoding(self, module: str) -> Encoding:
         """How a matrix that some release quantises is stored."""
@@ -209,20 +254,22 @@ class Weights:
         return Weight(encoding, codes, scale)
 
     def _entry(self, name: str) -> TensorEntry:
-        entry = self.checkpoint.tensors.get(name)
+        entry = self.source.tensors.get(name)
         if entry is None:
             raise CheckpointError(
-                f"{self.checkpoint.where}: has no tensor {name}",
-                hint=f"See what it holds with: v4quant inspect {self.checkpoint.where}",
+                f"{self.source.where}: has no tensor {name}",
+                hint=f"See what it holds with: v4quant inspect {self.source.files.where}",
             )
         return entry
 
     def _encoding(self, entry: TensorEntry) -> Encoding:
-        scheme = self.checkpoint.scheme
-        return scheme.expert if self.checkpoint.parsed[entry.name].role is Role.ROUTED_EXPERTS else scheme.dense
+        if entry.dtype == BF16.weight_dtype:  # ranks hold wo_a so, whatever the checkpoint's scheme
+            return BF16
+        scheme = self.source.scheme
+        return scheme.expert if self.source.parsed[entry.name].role is Role.ROUTED_EXPERTS else scheme.dense
 
     def _read(self, entry: TensorEntry, into: Array, offset: int = 0) -> None:
         data = into.reshape(-1).view(np.uint8).data
-        self.checkpoint.files.read_into(entry.file, entry.start + offset, data)
+        self.source.files.read_into(entry.file, entry.start + offset, data)
         with self._lock:
             self.bytes_read += len(data)

@@ -16,14 +16,16 @@ class Output:
 
     Args:
         json_mode: True makes `result` print its JSON object and silences `line`.
+        silent: print nothing at all, in a process that works for another one, which speaks.
     """
 
-    def __init__(self, json_mode: bool) -> None:
+    def __init__(self, json_mode: bool, *, silent: bool = False) -> None:
         self.json_mode = json_mode
+        self._is_silent = silent
 
     def line(self, text: str = "") -> None:
         """Print a line of human-readable result on stdout."""
-        if not self.json_mode:
+        if not self.json_mode and not self._is_silent:
             print(escaped(text))
 
     def piece(self, text: str) -> None:
@@ -33,12 +35,13 @@ class Output:
 
     def result(self, values: Mapping[str, Any]) -> None:
         """Print the command's JSON object, under --json."""
-        if self.json_mode:
+        if self.json_mode and not self._is_silent:
             print(json.dumps(_json(values), indent=2, allow_nan=False))
 
     def note(self, text: str) -> None:
         """Print a remark or the next command to run, on stderr."""
-        print(escaped(text), file=sys.stderr)
+        if not self._is_silent:
+            print(escaped(text), file=sys.stderr)
 
 
 def _json(value: Any) -> Any:

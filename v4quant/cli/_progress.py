@@ -10,13 +10,14 @@ Advance = Callable[[int, str], None]
 
 
 @contextmanager
-def byte_progress(total: int, label: str, done: int = 0) -> Iterator[Advance]:
+def byte_progress(total: int, label: str, done: int = 0, *, silent: bool = False) -> Iterator[Advance]:
     """Show how many of `total` bytes are done, at which rate, and how long the rest takes.
 
     Args:
         total: bytes of the whole job.
         label: what is being done, shown in front.
         done: bytes that an earlier, interrupted run already did.
+        silent: show nothing, as where stderr is no terminal.
 
     Yields:
         advance(bytes, item): counts bytes and shows the item being worked on; safe from any thread.
@@ -28,7 +29,7 @@ def byte_progress(total: int, label: str, done: int = 0) -> Iterator[Advance]:
         unit="B",
         unit_scale=True,
         file=sys.stderr,
-        disable=not sys.stderr.isatty(),
+        disable=silent or not sys.stderr.isatty(),
         dynamic_ncols=True,
         mininterval=0.2,
     ) as bar:

@@ -8,9 +8,12 @@ from v4quant.cli._conversations import read_conversations
 from v4quant.errors import UsageError
 
 if TYPE_CHECKING:
+    from v4quant.checkpoint.rank_tensors import Sharded
     from v4quant.checkpoint.reader import Checkpoint
     from v4quant.parity.prompts import Prompts
     from v4quant.parity.stored import StoredOutputs
+
+_ANSWER_TOKENS = 64  # room for a call or two
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class TokenSource:
     Attributes:
         tokens, text, messages: files.
         thinking: of messages.
+        continuation: tokens of the greedy answers to them.
         length, prefill: how many tokens.
     """
 
@@ -27,11 +31,17 @@ class TokenSource:
     text: Path | None
     messages: Path | None
     thinking: bool
+    continuation: int | None
     length: int | None
     prefill: int | None
 
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of each greedy answer."""
+        return _ANSWER_TOKENS if self.continuation is None else self.continuation
+
     def prompts(
-        self, candidate: "Checkpoint", reference: "Checkpoint | StoredOutputs", index_topk: int | None
+        self, candidate: "Checkpoint | Sharded", reference: "Checkpoint | StoredOutputs", index_topk: int | None
     ) -> "Prompts":
         """Read the tokens, or build them.
 
@@ -42,6 +52,9 @@ class TokenSource:
         from v4quant.parity.prompts import Prompts, built_prompts, read_prompts, text_prompts
         from v4quant.parity.stored import StoredOutputs
 
+        if self.messages is None and (self.thinking or self.continuation is not None):
+            given = "--thinking" if self.thinking else "--continuation"
+            raise UsageError(f"{given} is given without --messages, whose conversations it is about")
         # The candidate's config may be the fault.
         config = candidate.config if isinstance(reference, StoredOutputs) else reference.config
         config = config if index_topk is None else replace(config, index_topk=index_topk)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from v4quant.checkpoint.layout import Packing
 from v4quant.cli._options import DryRun, JsonMode, MaxWorkers, Out, Overwrite, Source, parse_size
 from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.cli._progress import Advance, byte_progress
@@ -16,6 +17,7 @@ from v4quant.cli._progress import Advance, byte_progress
 if TYPE_CHECKING:
     from v4quant.checkpoint.apply import ApplyReport
     from v4quant.checkpoint.plan import Operation, Plan
+    from v4quant.checkpoint.process_group import ProcessGroup
 
 
 def convert(
@@ -26,6 +28,10 @@ def convert(
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest output file, decimal, with unit.")
     ] = "5GB",
+    pack: Annotated[
+        Packing,
+        typer.Option(help="Files: one block each, as released; filled up to --max-shard-size; or one for everything."),
+    ] = Packing.LAYER,
     max_workers: MaxWorkers = 4,
     allow_rounding: Annotated[bool, typer.Option("--allow-rounding", help="Accept tensors that lose bits.")] = False,
     like: Annotated[
@@ -37,55 +43,64 @@ def convert(
 ) -> None:
     """Convert a checkpoint and prove every tensor; run the same command again to continue after an interruption.
 
+    To the format that it has already, it packs anew: files that stay as they are become hard links. Under torchrun the
+    processes, on one machine or many with a shared folder, share the files out.
+
     \b
     v4quant convert DeepSeek-V4-Flash flash-fp8 --to fp8
     v4quant convert DeepSeek-V4-Flash flash-bf16 --to bf16 --dry-run
     v4quant convert flash-bf16 flash-again --to native --like DeepSeek-V4-Flash
+    torchrun --nproc-per-node 4 -m v4quant convert DeepSeek-V4-Flash flash-fp8 --to fp8
     """
     # The engine loads numpy and numba, which `v4quant --help` need not wait for.
-    from v4quant.checkpoint.apply import apply
-    from v4quant.checkpoint.certificate import RoundingRefusedError
     from v4quant.checkpoint.plan import make_plan
+    from v4quant.checkpoint.process_group import ProcessGroup
     from v4quant.checkpoint.reader import open_checkpoint
     from v4quant.checkpoint.side_files import files_left_behind
     from v4quant.formats import format_named
 
-    output = Output(json_mode)
-    target = format_named(to)
-    max_shard_bytes = parse_size(max_shard_size, "--max-shard-size")
-    original = open_checkpoint(like) if like else None
-    plan = make_plan(open_checkpoint(src), target, max_shard_bytes=max_shard_bytes, like=original)
-    if dry_run:
-        _report_plan(output, plan, out, max_workers, overwrite=overwrite)
-        return
+    with ProcessGroup.from_environment() as group, group.ending_together():
+        output = Output(json_mode, silent=not group.is_first)
+        target = format_named(to)
+        max_shard_bytes = parse_size(max_shard_size, "--max-shard-size")
+        original = open_checkpoint(like) if like else None
+        plan = make_plan(open_checkpoint(src), target, max_shard_bytes=max_shard_bytes, packing=pack, like=original)
+        if dry_run:
+            _report_plan(output, plan, out, max_workers, overwrite=overwrite)
+            group.barrier()
+            return
+        _apply(output, plan, out, group, workers=max_workers, allow_rounding=allow_rounding, overwrite=overwrite)
+        for name in files_left_behind(plan.source):
+            output.note(f"not copied, as it may hold weights in another form: {name}")
+        output.note(f"next: v4quant verify {out} --against {src}")
+
+
+def _apply(output: Output, plan: "Plan", out: Path, group: "ProcessGroup", **options: Any) -> None:
+    """Carry the plan out and report; options are those of `apply`."""
+    from v4quant.checkpoint.apply import apply
+    from v4quant.checkpoint.certificate import RoundingRefusedError
+
     start = time.monotonic()
     with ExitStack() as stack:
 
         def begin(done: int) -> Advance:
             # Only now is it certain that the output folder may be written.
             _print_plan(output, plan)
-            return stack.enter_context(byte_progress(plan.bytes_read, "convert", done))
+            return stack.enter_context(byte_progress(plan.bytes_read, "convert", done, silent=not group.is_first))
 
         try:
-            report = apply(
-                plan,
-                out,
-                workers=max_workers,
-                allow_rounding=allow_rounding,
-                overwrite=overwrite,
-                progress=begin,
-            )
+            report = apply(plan, out, progress=begin, group=group, **options)
         except RoundingRefusedError as refusal:
-            output.result(_plan_json(plan) | {"would_round": [record.to_json() for record in refusal.worst]})
+            # The process that has found it speaks, whichever that is.
+            worst = [record.to_json() for record in refusal.worst]
+            Output(output.json_mode).result(_plan_json(plan) | {"would_round": worst})
             raise
     _report(output, plan, report, time.monotonic() - start)
-    for name in files_left_behind(plan.source):
-        output.note(f"not copied, as it may hold weights in another form: {name}")
-    output.note(f"next: v4quant verify {out} --against {src}")
 
 
 def _report_plan(output: Output, plan: "Plan", out: Path, workers: int, *, overwrite: bool) -> None:
     """What --dry-run says."""
+    from v4quant.checkpoint.linked_files import linkable
     from v4quant.checkpoint.output import disk_errors, free_bytes, require_free
     from v4quant.checkpoint.reader import JOURNAL_NAME
     from v4quant.checkpoint.run_folder import require_apart
@@ -96,10 +111,14 @@ def _report_plan(output: Output, plan: "Plan", out: Path, workers: int, *, overw
     if not is_unfinished:
         require_free(out, overwrite=overwrite)
     free, peak = free_bytes(out), plan.peak_memory_bytes(workers)
+    links = linkable(plan.source.files, out, plan.unchanged_files)
+    disk = plan.disk_bytes - plan.linked_bytes(links)
     risky = [operation for operation in plan if operation.risk]
     _print_plan(output, plan)
     output.line(f"memory: at most {decimal_bytes(peak)} with {plural(workers, 'worker')}")
-    output.line(f"disk: needs {decimal_bytes(plan.disk_bytes)}, {decimal_bytes(free)} free")
+    output.line(f"disk: needs {decimal_bytes(disk)}, {decimal_bytes(free)} free")
+    if links:
+        output.line(f"stays as it is: {plural(len(links), 'file')}, which will be hard links to the source's")
     if risky:
         output.line(f"may round (checked value by value, refused without --allow-rounding): {len(risky):,} weights")
         for risk, count in Counter(operation.risk for operation in risky).items():
@@ -110,15 +129,16 @@ def _report_plan(output: Output, plan: "Plan", out: Path, workers: int, *, overw
         _plan_json(plan)
         | {
             "peak_memory_bytes": peak,
-            "disk_bytes": plan.disk_bytes,
+            "disk_bytes": disk,
             "disk_free_bytes": free,
             "shards": len(plan.shards),
+            "linked_files": len(links),
             "actions": dict(Counter(operation.action for operation in plan)),
             "may_round": [{"tensor": operation.name, "when": operation.risk} for operation in risky],
         }
     )
-    if free < plan.disk_bytes:
-        output.note(f"warning: the disk of {out} is {decimal_bytes(plan.disk_bytes - free)} too small")
+    if free < disk:
+        output.note(f"warning: the disk of {out} is {decimal_bytes(disk - free)} too small")
     output.note("next: run it without --dry-run")
 
 
@@ -159,11 +179,14 @@ def _report(output: Output, plan: "Plan", report: "ApplyReport", seconds: float)
         f"{plural(plan.tensors, 'tensor')} in {seconds:.1f} s: {counts['bit_identical']:,} bit-identical, "
         f"{counts['value_exact']:,} value-exact, {counts['rounded']:,} rounded"
     )
+    if report.linked_files:
+        links = plural(report.linked_files, "file")
+        output.line(f"{links} unchanged, hard links to the source: what is edited in place in one is edited in both")
     for record in report.worst:
         output.line(f"  rounded: {record.describe_error()}")
     output.line(f"certificate: {report.certificate}")
     output.result(
         _plan_json(plan)
         | {"seconds": round(seconds, 3), **counts, "certificate": str(report.certificate)}
-        | {"resumed_shards": report.resumed_shards}
+        | {"resumed_shards": report.resumed_shards, "linked_files": report.linked_files}
     )

@@ -12,7 +12,7 @@ from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.errors import CheckFailedError, OutputError
 
 if TYPE_CHECKING:
-    from v4quant.checkpoint.verify import VerifyReport
+    from v4quant.checkpoint.verify_report import VerifyReport
 
 _MARKER = "v4quant.demo"
 _FOLDERS = ("native", "fp8", "bf16", "native-again", "damaged", "report")

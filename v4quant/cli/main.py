@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import v4quant
+from v4quant.checkpoint.process_group import EndedElsewhereError
 from v4quant.cli import (
     budget,
     convert,
@@ -73,6 +74,8 @@ def main(argv: list[str]) -> int:
         if exit_.code == InterruptedRunError.exit_code:  # typer's answer to Ctrl-C, without a word
             _report(InterruptedRunError("interrupted"))
         return exit_.code if isinstance(exit_.code, int) else 0
+    except EndedElsewhereError as error:  # the process that has failed says why
+        return error.exit_code
     except V4QuantError as error:
         if os.environ.get("V4QUANT_DEBUG") == "1":
             raise

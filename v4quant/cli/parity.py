@@ -2,6 +2,7 @@
 
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,16 +13,18 @@ from v4quant.cli._memory import peak_memory_bytes
 from v4quant.cli._options import JsonMode
 from v4quant.cli._output import Output, decimal_bytes, is_finite, plural
 from v4quant.cli._progress import layer_progress
+from v4quant.cli._ranks import device_of, processes_of
 from v4quant.cli._token_source import TokenSource
 from v4quant.errors import CheckFailedError, OutputError, UsageError
 
 if TYPE_CHECKING:
+    from v4quant.checkpoint.rank_tensors import Sharded
     from v4quant.checkpoint.reader import Checkpoint
+    from v4quant.model.device import Device
     from v4quant.parity.compare import Task
 
 _SHOWN_DEPARTURES = 5
 _SHOWN_TENSORS = 5
-_CONTINUATION = 64  # tokens of a greedy answer: room for a call or two
 
 
 def parity(
@@ -89,29 +92,61 @@ def parity(
     v4quant parity flash-fp8 --against DeepSeek-V4-Flash --messages agent.jsonl --thinking
     v4quant parity pro-fp8 --reference-outputs pro.safetensors
     v4quant parity flash-fp8 --against DeepSeek-V4-Flash --length 300 --index-topk 16
+    v4quant parity flash-tp4 --against DeepSeek-V4-Flash
+    torchrun --nproc-per-node 4 -m v4quant parity flash-tp4 --against DeepSeek-V4-Flash
     """
     # torch loads here, so that `v4quant --help` need not wait for it.
+    from v4quant.checkpoint.process_group import ProcessGroup
+    from v4quant.checkpoint.rank_tensors import Sharded, open_stored
+    from v4quant.model.ranked import serve_rank
+
+    with ProcessGroup.from_environment() as group, group.ending_together():
+        if max_kl is not None and not math.isfinite(max_kl):
+            raise UsageError(f"--max-kl is {max_kl}, expected a number")
+        _require_one_reference(against, reference_outputs)
+        place = device_of(device, group)
+        stored = open_stored(candidate)
+        with processes_of(stored, group, place) as processes:
+            if processes is not None and not group.is_first:
+                assert isinstance(stored, Sharded)
+                serve_rank(stored, place, processes)
+                result = None
+            else:
+                source = TokenSource(tokens, text, messages, thinking, continuation, length, prefill)
+                task = _task(stored, against, reference_outputs, source, index_topk, arithmetic, place)
+                task = replace(task, processes=processes)
+                result = _compare(
+                    task, source.answer_tokens, candidate, against, max_kl, min_top1, report, overwrite, json_mode
+                )
+        if result is not None:
+            _fail_on(result)
+        group.barrier()  # the first one's verdict is everybody's
+
+
+def _compare(
+    task: "Task",
+    answer_tokens: int,
+    candidate: Path,
+    against: Path | None,
+    max_kl: float | None,
+    min_top1: float | None,
+    report: Path | None,
+    overwrite: bool,
+    json_mode: bool,
+) -> dict[str, Any]:
+    """Compare, write the report, and say what came of it."""
     from v4quant.parity.compare import compare
     from v4quant.parity.result import check_gates, to_json
 
     output = Output(json_mode)
-    if max_kl is not None and not math.isfinite(max_kl):
-        raise UsageError(f"--max-kl is {max_kl}, expected a number")
-    if messages is None and (thinking or continuation is not None):
-        given = "--thinking" if thinking else "--continuation"
-        raise UsageError(f"{given} is given without --messages, whose conversations it is about")
-    source = TokenSource(tokens, text, messages, thinking, length, prefill)
-    task = _task(candidate, against, reference_outputs, source, index_topk, arithmetic, device)
     if report is not None:
         _prepare_report_folder(report, [candidate, *([against] if against else [])], overwrite)
     with ExitStack() as bars:
         comparison = compare(task, lambda steps: bars.enter_context(layer_progress(steps, "parity")))
     gates = check_gates(comparison, max_kl, min_top1)
     result = to_json(task, comparison, gates)
-    if messages is not None:
-        result["conversations"]["continuations"] = write_answers(
-            task, _CONTINUATION if continuation is None else continuation
-        )
+    if result["conversations"] is not None:
+        result["conversations"]["continuations"] = write_answers(task, answer_tokens)
     result["evidence"]["peak_memory_bytes"] = peak_memory_bytes()
     if report is not None:
         from v4quant.parity.report import write_report
@@ -122,25 +157,15 @@ def parity(
             output.note(f"{report}: no report is written, as the candidate computes NaN or infinity")
     output.result(result)
     print_result(output, result)
-    _fail_on(result)
+    return result
 
 
-def _task(
-    candidate: Path,
-    against: Path | None,
-    reference_outputs: Path | None,
-    source: TokenSource,
-    index_topk: int | None,
-    arithmetic: str,
-    device: str,
-) -> "Task":
-    """Open what is compared, and read or build the tokens."""
-    from v4quant.checkpoint.reader import open_checkpoint
-    from v4quant.model.arithmetic import Activations
-    from v4quant.model.device import device_named
-    from v4quant.parity.compare import Task
-    from v4quant.parity.stored import StoredOutputs
+def _require_one_reference(against: Path | None, reference_outputs: Path | None) -> None:
+    """Refuse both, or none, of what a candidate can be compared with.
 
+    Raises:
+        UsageError: if it is so.
+    """
     if (against is None) == (reference_outputs is None):
         raise UsageError(
             "give what to compare with: --against REFERENCE or --reference-outputs FILE"
@@ -148,18 +173,32 @@ def _task(
             else "--against and --reference-outputs are both given, expected one",
             hint="For example: v4quant parity flash-fp8 --against DeepSeek-V4-Flash",
         )
+
+
+def _task(
+    candidate: "Checkpoint | Sharded",
+    against: Path | None,
+    reference_outputs: Path | None,
+    source: TokenSource,
+    index_topk: int | None,
+    arithmetic: str,
+    device: "Device",
+) -> "Task":
+    """Open what the candidate is compared with, and read or build the tokens."""
+    from v4quant.checkpoint.reader import open_checkpoint
+    from v4quant.model.arithmetic import Activations
+    from v4quant.parity.compare import Task
+    from v4quant.parity.stored import StoredOutputs
+
     if arithmetic not in (Activations.RELEASE, Activations.STORED):
         raise UsageError(f"--arithmetic is {arithmetic!r}, expected release or stored")
-    place = device_named(device)
-    checkpoint = open_checkpoint(candidate)
-    checkpoint.require_sound()
     if against is not None:
         reference: Checkpoint | StoredOutputs = open_checkpoint(against)
     else:
         assert reference_outputs is not None
-        reference = StoredOutputs(reference_outputs, checkpoint.config)
-    prompts = source.prompts(checkpoint, reference, index_topk)
-    return Task(checkpoint, reference, prompts, Activations(arithmetic), place, index_topk)
+        reference = StoredOutputs(reference_outputs, candidate.config)
+    prompts = source.prompts(candidate, reference, index_topk)
+    return Task(candidate, reference, prompts, Activations(arithmetic), device, index_topk)
 
 
 def _prepare_report_folder(report: Path, checkpoints: list[Path], overwrite: bool) -> None:
@@ -189,7 +228,7 @@ def _prepare_report_folder(report: Path, checkpoints: list[Path], overwrite: boo
 
 def print_result(output: Output, result: dict[str, Any]) -> None:
     """The verdict and what decides it, for people."""
-    from v4quant.parity.sentences import FIGURE_NAMES
+    from v4quant.parity.sentences import FIGURE_NAMES, describe_ranks
 
     logits, floor, mtp = result["logits"], result["noise_floor"], result["mtp_logits"]
     output.line(f"{result['verdict'].upper()}: {result['in_words']}")
@@ -236,6 +275,8 @@ def print_result(output: Output, result: dict[str, Any]) -> None:
         f"  {evidence['seconds']:.1f} s, read {decimal_bytes(evidence['bytes_read'])}, peak memory "
         f"{decimal_bytes(evidence['peak_memory_bytes'])}"
     )
+    if ranks := evidence["candidate"]["ranks"]:
+        output.line(f"  the candidate was run by {describe_ranks(ranks)}")
     if "report" in result:
         output.line(f"report: {result['report']}")
 

@@ -2,6 +2,8 @@
 
 import re
 import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,10 +13,16 @@ from v4quant.cli._memory import peak_memory_bytes
 from v4quant.cli._options import JsonMode, Overwrite, Source
 from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.cli._progress import layer_progress
+from v4quant.cli._ranks import device_of, processes_of
 from v4quant.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
+    from v4quant.checkpoint.rank_tensors import Sharded
+    from v4quant.checkpoint.reader import Checkpoint
     from v4quant.model.arithmetic import Arithmetic
+    from v4quant.model.device import Device
+    from v4quant.model.process_ranks import ProcessRanks
+    from v4quant.model.streaming import Model
 
 
 def reference(
@@ -42,28 +50,68 @@ def reference(
     v4quant reference DeepSeek-V4-Flash flash.safetensors --tokens prompt.safetensors
     v4quant reference DeepSeek-V4-Flash flash.safetensors --tokens prompt.safetensors --prefill 1000
     v4quant reference DeepSeek-V4-Pro first.safetensors --tokens prompt.safetensors --layers 0-9
+    torchrun --nproc-per-node 4 -m v4quant reference flash-tp4 flash.safetensors --tokens prompt.safetensors
     """
     # torch loads here, so that `v4quant --help` need not wait for it.
-    from v4quant.checkpoint.reader import open_checkpoint
-    from v4quant.model.device import device_named
-    from v4quant.model.reference import Task, output_tensors, write_reference
-    from v4quant.model.streaming import StreamedModel
+    from v4quant.checkpoint.process_group import ProcessGroup
+    from v4quant.checkpoint.rank_tensors import Sharded, open_stored
+    from v4quant.model.ranked import serve_rank
 
-    output = Output(json_mode)
+    with ProcessGroup.from_environment() as group, group.ending_together():
+        place = device_of(device, group)
+        checkpoint = open_stored(src)
+        with processes_of(checkpoint, group, place) as processes:
+            if processes is not None and not group.is_first:
+                assert isinstance(checkpoint, Sharded)
+                serve_rank(checkpoint, place, processes)
+            else:
+                run = _Run(checkpoint, _arithmetic(arithmetic, device), place, processes)
+                _write(run, src, out, tokens, prefill, layers, overwrite, Output(json_mode))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is run, how, where and by whom."""
+
+    source: "Checkpoint | Sharded"
+    arithmetic: "Arithmetic"
+    device: "Device"
+    processes: "ProcessRanks | None"
+
+    def model(self) -> "AbstractContextManager[Model]":
+        """The model, ready to run."""
+        from v4quant.model.ranked import model_of
+
+        return model_of(self.source, self.arithmetic, self.device, processes=self.processes)
+
+
+def _write(
+    run: _Run,
+    src: Path,
+    out: Path,
+    tokens: Path,
+    prefill: int | None,
+    layers: str | None,
+    overwrite: bool,
+    output: Output,
+) -> None:
+    """Run and write, and say what came of it."""
+    from v4quant.model.reference import Task, output_tensors, write_reference
+
     start = time.monotonic()
-    checkpoint = open_checkpoint(src)
+    checkpoint = run.source
     config = checkpoint.config
     task = Task.load(tokens, config, prefill, _parse_layers(layers))
     _require_free_file(out, src, tokens, overwrite)
     if config.is_dspark:
         output.note(f"{plural(config.mtp_blocks, 'DSpark stage')} of {checkpoint.release}: not run")
-    with StreamedModel(checkpoint, _arithmetic(arithmetic, device), device_named(device)) as model:
+    with run.model() as model:
         steps = (
             task.last - task.first + 1 + sum(name in output_tensors(task, config) for name in ("logits", "mtp_logits"))
         )
         with layer_progress(steps, "reference") as done:
             write_reference(model, task, out, done)
-        read = model.reader.weights.bytes_read
+        read = model.bytes_read
     seconds = time.monotonic() - start
     peak = peak_memory_bytes()
     output.line(f"{checkpoint.release}, {checkpoint.scheme.name}: layers {task.first} to {task.last}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from v4quant.checkpoint.layout import Packing
 from v4quant.cli._options import DryRun, JsonMode, MaxWorkers, Out, Overwrite, Source, parse_size
 from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.cli._progress import Advance, byte_progress
@@ -41,6 +42,10 @@ def shard(
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest file in a rank folder, decimal, with unit.")
     ] = "5GB",
+    pack: Annotated[
+        Packing,
+        typer.Option(help="Files in a rank folder: a block each, filled to the size, or one."),
+    ] = Packing.LAYER,
     explain: Annotated[
         bool, typer.Option("--explain", help="List which --tp work and what forbids the others; writes nothing.")
     ] = False,
@@ -77,6 +82,8 @@ def shard(
     grid = Grid(tp or 1, ep or 1, pp or 1)
     if grid.ranks > MAX_RANKS:
         raise UsageError(f"{grid} is {grid.ranks:,} ranks, expected at most {MAX_RANKS:,}")
+    if layout is Layout.DEEPSEEK and pack is not Packing.LAYER:
+        raise UsageError("--pack is for rank folders, with --ep or --pp; DeepSeek's layout has one file a rank")
     if layout is Layout.RANKS and experts is Experts.FP8:
         raise UsageError(
             "--experts fp8 is for DeepSeek's layout, --tp N alone; rank folders hold experts as they are stored",
@@ -84,7 +91,8 @@ def shard(
         )
     limit = parse_size(max_shard_size, "--max-shard-size")
     is_fp8 = experts is Experts.FP8
-    plan = plan_shard(open_checkpoint(src), grid, layout, fp8_experts=is_fp8, max_shard_bytes=limit)
+    source = open_checkpoint(src)
+    plan = plan_shard(source, grid, layout, fp8_experts=is_fp8, max_shard_bytes=limit, packing=pack)
     if dry_run:
         _report_plan(output, plan, out, max_workers, overwrite=overwrite)
         return

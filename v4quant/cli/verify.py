@@ -12,7 +12,8 @@ from v4quant.cli._progress import byte_progress
 from v4quant.errors import CheckFailedError
 
 if TYPE_CHECKING:
-    from v4quant.checkpoint.verify import VerifyReport
+    from v4quant.checkpoint.process_group import ProcessGroup
+    from v4quant.checkpoint.verify_report import VerifyReport
 
 _SHOWN_MISMATCHES = 10
 
@@ -28,30 +29,38 @@ def verify(
 ) -> None:
     """Re-hash a converted checkpoint against its certificate, or compare every value with its source.
 
+    Under torchrun the processes share the tensors out.
+
     \b
     v4quant verify flash-fp8
     v4quant verify flash-fp8 --against DeepSeek-V4-Flash
+    torchrun --nproc-per-node 4 -m v4quant verify flash-fp8 --against DeepSeek-V4-Flash
     """
-    output = Output(json_mode)
-    start = time.monotonic()
-    tensors, report, what = _verify(out, against, max_workers)
-    from v4quant.checkpoint.certificate import verdict_counts
+    from v4quant.checkpoint.process_group import ProcessGroup
 
-    output.result(
-        {
-            "ok": report.ok,
-            "tensors": tensors,
-            **verdict_counts(report.verdicts),
-            "mismatches": [mismatch.to_json() for mismatch in report.mismatches],
-            "seconds": round(time.monotonic() - start, 3),
-        }
-    )
-    _print_report(output, report, what)
-    if not report.ok:
-        raise CheckFailedError(f"{out}: {plural(len(report.mismatches), 'mismatch')}", hint="Make it again.")
+    with ProcessGroup.from_environment() as group, group.ending_together():
+        output = Output(json_mode, silent=not group.is_first)
+        start = time.monotonic()
+        tensors, report, what = _verify(out, against, max_workers, group)
+        from v4quant.checkpoint.certificate import verdict_counts
+
+        output.result(
+            {
+                "ok": report.ok,
+                "tensors": tensors,
+                **verdict_counts(report.verdicts),
+                "mismatches": [mismatch.to_json() for mismatch in report.mismatches],
+                "seconds": round(time.monotonic() - start, 3),
+            }
+        )
+        _print_report(output, report, what)
+        if group.is_first and not report.ok:
+            raise CheckFailedError(f"{out}: {plural(len(report.mismatches), 'mismatch')}", hint="Make it again.")
+        # The first one's verdict is everybody's.
+        group.barrier()
 
 
-def _verify(out: Path, against: Path | None, workers: int) -> tuple[int, "VerifyReport", str]:
+def _verify(out: Path, against: Path | None, workers: int, group: "ProcessGroup") -> tuple[int, "VerifyReport", str]:
     """Verify whatever OUT is.
 
     Returns:
@@ -64,25 +73,30 @@ def _verify(out: Path, against: Path | None, workers: int) -> tuple[int, "Verify
     from v4quant.checkpoint.tp_verify import is_rank_folder, verify_sharded
     from v4quant.checkpoint.tp_whole import WholeFiles
     from v4quant.checkpoint.verify import verify_against, verify_hashes
+    from v4quant.checkpoint.verify_report import VerifyReport
 
-    files = Files(out)
+    files, silent = Files(out), not group.is_first
     if is_rank_folder(files) and against is None:
         part = open_source(files, is_part=True)
-        with byte_progress(part.bytes, "verify") as advance:
-            return len(part.tensors), verify_hashes(part, workers=workers, progress=advance), "certificate"
+        with byte_progress(part.bytes, "verify", silent=silent) as advance:
+            report = verify_hashes(part, workers=workers, progress=advance, group=group)
+            return len(part.tensors), report, "certificate"
     checkpoint = open_checkpoint(out)
     source = open_checkpoint(against) if against else None
     what = f"values of {against}" if against else "certificate"
     passes = 2 if source and CERTIFICATE_NAME in checkpoint.files else 1
     if isinstance(checkpoint.files, WholeFiles):
         passes, what = passes + bool(source), what if against else "record of the checkpoint that was sharded"
-    with byte_progress(passes * checkpoint.bytes, "verify") as advance:
+    with byte_progress(passes * checkpoint.bytes, "verify", silent=silent) as advance:
         if isinstance(checkpoint.files, WholeFiles):
-            report = verify_sharded(checkpoint, checkpoint.files.folder, source, workers=workers, progress=advance)
+            # Ranks are compared with each other, so one process looks at all of them.
+            report = VerifyReport()
+            if group.is_first:
+                report = verify_sharded(checkpoint, checkpoint.files.folder, source, workers=workers, progress=advance)
         elif source is None:
-            report = verify_hashes(checkpoint, workers=workers, progress=advance)
+            report = verify_hashes(checkpoint, workers=workers, progress=advance, group=group)
         else:
-            report = verify_against(checkpoint, source, workers=workers, progress=advance)
+            report = verify_against(checkpoint, source, workers=workers, progress=advance, group=group)
     return len(checkpoint.tensors), report, what
 
 

@@ -4,7 +4,8 @@
     entries: the window's, oldest first, then CSA's picks or all of HCA's;   o = attend(q, entries), rotated back
     out = wo_b (wo_a o, group by group)
 
-T tokens, H heads of D dims, W window. Source: `Attention` of DeepSeek's released inference code.
+T tokens, H heads of D dims, W window. Ranks that share heads and groups each have all entries and add their products
+with wo_b, in FP32, before the sum becomes BF16. Source: `Attention` of DeepSeek's released inference code.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from v4quant.model.chunk import Chunk, query_pieces
 from v4quant.model.compressor import compress
 from v4quant.model.indexer import pick_entries
 from v4quant.model.operations import Operations
+from v4quant.model.ranks import Group
 from v4quant.model.rope import Rotation
 from v4quant.model.weights import AttentionWeights
 
@@ -44,11 +46,13 @@ def attention(
     rotation: Rotation,
     config: V4Config,
     ops: Operations,
+    ranks: Group,
 ) -> Attended:
     """Attend, and take the chunk's tokens into the cache.
 
     Args:
         x: normalised activations [T, d].
+        ranks: that share the heads.
     """
     cache.reserve(chunk)
     cos_sin = rotation.at(chunk.positions)  # [T, R]
@@ -62,13 +66,17 @@ def attention(
         compress(x, weights.compressor, chunk, cache.compressed, cache.state, rotation, ops)
         if weights.indexer is not None and cache.keys is not None and cache.key_state is not None:
             compress(x, weights.indexer.compressor, chunk, cache.keys, cache.key_state, rotation, ops)
-            picks = pick_entries(x, qr, cos_sin, weights.indexer, chunk, cache.keys, config, ops)
+            picks = pick_entries(x, qr, cos_sin, weights.indexer, chunk, cache.keys, config, ops, ranks)
         entries = all_entries(chunk, weights.compressor.ape.shape[0]) if picks is None else picks
         picked.append(cache.compressed.picked(chunk.sequences, entries))
-    out = torch.empty_like(x)
+    is_shared = ranks.size > 1
+    out = x.new_empty(len(x), weights.wo_a.shape[0] * weights.wo_a.shape[1]) if is_shared else torch.empty_like(x)
     for piece in query_pieces(len(x), x.device):
         part = [keys.of(piece) for keys in picked]
-        out[piece] = _attend(qr[piece], cos_sin[piece], part, weights, config, ops)
+        groups = _attend(qr[piece], cos_sin[piece], part, weights, config, ops, ranks)
+        out[piece] = groups if is_shared else ops.linear(groups, weights.wo_b)
+    if is_shared:
+        out = ranks.sum(ops.partial(out, weights.wo_b)).to(x.dtype)
     cache.trim(chunk)
     return Attended(out, picks)
 
@@ -80,13 +88,13 @@ def _attend(
     weights: AttentionWeights,
     config: V4Config,
     ops: Operations,
+    ranks: Group,
 ) -> torch.Tensor:
-    """From some queries' input [t, q] and the entries that they picked to their output [t, d]."""
-    q = ops.linear(qr, weights.wq_b).view(len(qr), config.num_attention_heads, config.head_dim)  # [t, H, D]
-    q = ops.rope_(ops.query_norm_(q), cos_sin)
+    """From some queries' input [t, q] and the entries that they picked to what wo_b takes, [t, g r]."""
+    q = ops.linear(qr, weights.wq_b).view(len(qr), -1, config.head_dim)  # [t, H, D]
+    q = ops.rope_(ops.query_norm_(q, ranks), cos_sin)
     out = ops.rope_(ops.attend(q, weights.sink, picked), cos_sin, inverse=True)  # [t, H, D]
-    out = ops.grouped_linear(out.view(len(qr), config.o_groups, -1), weights.wo_a)  # [t, g, r]
-    return ops.linear(out.flatten(1), weights.wo_b)
+    return ops.grouped_linear(out.view(len(qr), len(weights.wo_a), -1), weights.wo_a).flatten(1)
 
 
 def window_entries(positions: torch.Tensor, window: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from v4quant.model.cache import BlockCache
 from v4quant.model.chunk import Chunk
 from v4quant.model.experts import Asked, ExpertSource, routed_experts, shared_expert
 from v4quant.model.operations import Operations
+from v4quant.model.ranks import ONE_RANK, Ranks
 from v4quant.model.rope import Rotation
 from v4quant.model.router import pick_experts
 from v4quant.model.weights import BlockWeights
@@ -36,25 +37,32 @@ class Routed:
 
 
 class Block:
-    """A block in memory, its routed experts wherever `experts` has them."""
+    """A block in memory, or a rank's share of one, its routed experts wherever `experts` has them."""
 
     def __init__(
-        self, weights: BlockWeights, ratio: int, experts: ExpertSource, config: V4Config, ops: Operations
+        self,
+        weights: BlockWeights,
+        ratio: int,
+        experts: ExpertSource,
+        config: V4Config,
+        ops: Operations,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         self.weights = weights
         self.ratio = ratio
         self.experts = experts
         self._config = config
         self._ops = ops
+        self._ranks = ranks
         self._rotation = Rotation(config, ratio, weights.attention.sink.device)
 
     def with_operations(self, ops: Operations) -> "Block":
         """The same weights, run with other operations."""
-        return Block(self.weights, self.ratio, self.experts, self._config, ops)
+        return Block(self.weights, self.ratio, self.experts, self._config, ops, self._ranks)
 
     def with_weights(self, weights: BlockWeights, experts: ExpertSource) -> "Block":
         """The same arithmetic with other weights."""
-        return Block(weights, self.ratio, experts, self._config, self._ops)
+        return Block(weights, self.ratio, experts, self._config, self._ops, self._ranks)
 
     def cache(self, sequences: int) -> BlockCache:
         """An empty cache for so many sequences."""
@@ -76,7 +84,7 @@ class Block:
         weights, ops = self.weights, self._ops
         x, post, comb = ops.mix(streams, weights.attention_mix)  # [T, d]
         x = ops.rms_norm(x, weights.attention_norm)
-        found = attention(x, weights.attention, chunk, cache, self._rotation, self._config, ops)
+        found = attention(x, weights.attention, chunk, cache, self._rotation, self._config, ops, self._ranks.tensor)
         return ops.combine(found.out, streams, post, comb), found.picks
 
     def feed_forward(self, streams: torch.Tensor, input_ids: torch.Tensor) -> Routed:
@@ -93,14 +101,16 @@ class Block:
         weights, ops, config = self.weights, self._ops, self._config
         x, post, comb = ops.mix(streams, weights.ffn_mix)  # [T, d]
         x = ops.rms_norm(x, weights.ffn_norm)
-        indices, share = pick_experts(x, input_ids, weights.router, config, ops)
+        picked = pick_experts(x, input_ids, weights.router, config, ops)
+        # Ranks on unlike machines may differ in a last bit, and an expert of two ranks or of none would be wrong.
+        indices, share = (self._ranks.stage.agreed(own) for own in picked)
         return Asked(x, indices, share, config.n_routed_experts, config.swiglu_limit, ops), post, comb
 
     def _return(
         self, asked: Asked, routed: torch.Tensor, streams: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
     ) -> Routed:
         """Add the shared expert to what the routed ones gave, float32 [T, d], and return it to the streams."""
-        ops = self._ops
+        ops, routed = self._ops, self._ranks.stage.sum(routed)
         routed += shared_expert(asked.x, self.weights.shared_expert, asked.limit, ops).float()
         return Routed(ops.combine(routed.to(ops.dtype), streams, post, comb), asked.indices, asked.weights)
 

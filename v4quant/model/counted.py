@@ -13,7 +13,7 @@ from v4quant.config import V4Config
 from v4quant.kernels.compress_kv import CompressorState
 from v4quant.kernels.sparse_attention import Picked
 from v4quant.model.release import Release
-from v4quant.model.weights import CompressorWeights, HyperWeights
+from v4quant.model.weights import CompressorWeights, HyperWeights, Matrix
 
 CLAMPED = "values clamped by swiglu_limit"
 
@@ -35,9 +35,17 @@ class Counted(Release):
         counts, self.counts = self.counts, Counter()
         return counts
 
+    def add(self, counts: Counter[str]) -> None:
+        """Count what went through the same operations elsewhere."""
+        self.counts += counts
+
     def _count(self, what: str, count: int) -> None:
         with self._lock:  # experts run in threads
             self.counts[what] += count
+
+    def partial(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        self._count("products", len(x) * matrix.weight.numel())
+        return super().partial(x, matrix)
 
     def plain_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         self._count("products", len(x) * weight.numel())

@@ -32,7 +32,7 @@ def are_coded(reader: Reader) -> bool:
     return (
         arithmetic.products is Products.CODED
         and arithmetic.activations is not Activations.NONE
-        and reader.weights.checkpoint.scheme.expert != BF16
+        and reader.weights.scheme.expert != BF16
     )
 
 
@@ -57,6 +57,7 @@ class ResidentExperts:
         """
         prefix = f"{block_prefix(kind, index)}ffn.experts."
         numbers = list(range(reader.config.n_routed_experts))
+        self.held = range(reader.config.n_routed_experts)
         self.is_coded = are_coded(reader)
         self._numbers = numbers
         self._coded = _read_coded(reader, prefix, numbers) if self.is_coded else None
@@ -151,6 +152,7 @@ class StreamedExperts:
     """The routed experts of a block, read when they are asked for."""
 
     def __init__(self, experts: ExpertReader, kind: str, index: int) -> None:
+        self.held = experts.reader.experts
         self.is_coded = are_coded(experts.reader)
         self._experts = experts
         self._prefix = f"{block_prefix(kind, index)}ffn.experts."

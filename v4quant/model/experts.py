@@ -27,6 +27,9 @@ _Made = TypeVar("_Made")
 class ExpertSource(Protocol):
     """Where the routed experts of one block come from."""
 
+    held: range
+    """Those that it has; other ranks have the others."""
+
     is_coded: bool
     """True: `coded` gives them as they are stored; False: `each` runs them in BF16."""
 
@@ -84,9 +87,10 @@ def routed_experts(asked: Sequence[Asked], source: ExpertSource) -> list[torch.T
         source: gives the experts that were picked, and is asked for no others.
 
     Returns:
-        float32 [T, d] of each.
+        float32 [T, d] of each: sums over the experts that the source holds.
     """
-    picked = torch.unique(torch.cat([own.indices.flatten() for own in asked])).tolist()
+    every = torch.unique(torch.cat([own.indices.flatten() for own in asked])).tolist()
+    picked = [expert for expert in every if expert in source.held]
     if source.is_coded:
         return _coded(asked, source.coded(picked))
     return _decoded(asked, picked, source)

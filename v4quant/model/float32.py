@@ -13,6 +13,7 @@ from v4quant.config import V4Config
 from v4quant.kernels.compress_kv import CompressorState, pool_windows
 from v4quant.kernels.sparse_attention import Picked
 from v4quant.model.operations import multiply_each
+from v4quant.model.ranks import ALONE, Group
 from v4quant.model.weights import CompressorWeights, HyperWeights, Matrix
 
 # Queries at a time in attention.
@@ -60,6 +61,9 @@ class Float32:
     def linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         return self.multiply(x, matrix)
 
+    def partial(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        return self.multiply(x, matrix)
+
     def plain_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, weight.float())
 
@@ -75,7 +79,8 @@ class Float32:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return _rms_norm(x, self._config.rms_norm_eps) * weight.float()
 
-    def query_norm_(self, q: torch.Tensor) -> torch.Tensor:
+    def query_norm_(self, q: torch.Tensor, heads: Group = ALONE) -> torch.Tensor:
+        del heads
         return q.copy_(_rms_norm(q, self._config.rms_norm_eps))
 
     def rope_(self, x: torch.Tensor, cos_sin: torch.Tensor, inverse: bool = False) -> torch.Tensor:

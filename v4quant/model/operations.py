@@ -13,6 +13,7 @@ from v4quant.config import V4Config
 from v4quant.kernels.compress_kv import CompressorState
 from v4quant.kernels.sparse_attention import Picked
 from v4quant.model.arithmetic import Activations, Arithmetic
+from v4quant.model.ranks import ALONE, Group
 from v4quant.model.weights import CompressorWeights, HyperWeights, Matrix
 
 
@@ -53,6 +54,9 @@ class Operations(Protocol):
     def linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """prepare, then multiply."""
 
+    def partial(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        """The same of some columns, x [T, k] times [N, k], before it is rounded: float32 [T, N], to be added up."""
+
     def plain_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Activations [T, K] times a BF16 weight [N, K], as it is: [T, N]."""
 
@@ -68,8 +72,8 @@ class Operations(Protocol):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm of rows [T, d] with a learned weight."""
 
-    def query_norm_(self, q: torch.Tensor) -> torch.Tensor:
-        """RMSNorm of each head [T, H, D] without weight, in place."""
+    def query_norm_(self, q: torch.Tensor, heads: Group = ALONE) -> torch.Tensor:
+        """RMSNorm of each head [T, H, D] without weight, in place; `heads` are the ranks that share them."""
 
     def rope_(self, x: torch.Tensor, cos_sin: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         """Rotate the last dims of each head [T, H, D], in place."""

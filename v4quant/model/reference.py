@@ -18,8 +18,9 @@ import torch
 from v4quant.checkpoint.tensor_file import TensorFile, TensorWriter
 from v4quant.config import V4Config
 from v4quant.errors import CheckpointError, UsageError
+from v4quant.model.head import logits
 from v4quant.model.mtp import runnable_mtp_blocks
-from v4quant.model.streaming import BlockResult, Schedule, StreamedModel, run_block
+from v4quant.model.streaming import BlockResult, Model, Pass, Schedule, take
 
 # Tokens whose logits are in memory at a time: 265 MB with the released vocabulary of 129,280.
 _LOGIT_ROWS = 512
@@ -96,7 +97,7 @@ def output_tensors(task: Task, config: V4Config) -> dict[str, tuple[str, tuple[i
 
 
 @torch.inference_mode()
-def write_reference(model: StreamedModel, task: Task, out: Path, progress: Progress = lambda _: None) -> None:
+def write_reference(model: Model, task: Task, out: Path, progress: Progress = lambda _: None) -> None:
     """Run a task, layer by layer, and write its outputs.
 
     Args:
@@ -113,13 +114,13 @@ def write_reference(model: StreamedModel, task: Task, out: Path, progress: Progr
     schedule = model.schedule([task.input_ids], [task.prefill, 1], "input_ids")
     tensors = output_tensors(task, model.config)
     metadata = {"tokens": str(len(task.input_ids)), "prefill": str(task.prefill)}
-    metadata |= {"activations": model.reader.arithmetic.activations, "source_id": model.source_id}
+    metadata |= {"activations": model.arithmetic.activations, "source_id": model.source_id}
     writer = TensorWriter(out, tensors, metadata)
     try:
         writer.write("input_ids", task.input_ids)
-        streams = model.embed(schedule.input_ids) if task.streams is None else task.streams.to(model.reader.device)
+        streams = model.embed(schedule.input_ids) if task.streams is None else task.streams.to(model.device)
         for layer, block in enumerate(model.blocks(task.first, task.last + 1), start=task.first):
-            result = run_block(block, streams, schedule)
+            (result,) = take(block, [Pass(model.ops, streams, schedule)])
             _write_layer(writer, f"layer{layer}", result, task.prefill, _picks(task.prefill, model.config))
             streams = result.streams
             progress(f"layer {layer}")
@@ -135,7 +136,7 @@ def write_reference(model: StreamedModel, task: Task, out: Path, progress: Progr
         raise
 
 
-def mtp_streams(model: StreamedModel, streams: torch.Tensor, input_ids: torch.Tensor, prefill: int) -> torch.Tensor:
+def mtp_streams(model: Model, streams: torch.Tensor, input_ids: torch.Tensor, prefill: int) -> torch.Tensor:
     """Streams after the MTP block, for the first P - 1 tokens in one piece, each with the token that follows it.
 
     Args:
@@ -144,8 +145,9 @@ def mtp_streams(model: StreamedModel, streams: torch.Tensor, input_ids: torch.Te
         prefill: P, 2 or more.
     """
     following = input_ids[1:prefill]
-    inner = model.mtp_input(0, streams[: prefill - 1], following)
-    return run_block(model.mtp_block(0), inner, Schedule.of([following])).streams
+    (inner,) = model.mtp_inputs(0, [(streams[: prefill - 1], model.ops)], following)
+    (result,) = take(model.mtp_block(0), [Pass(model.ops, inner, Schedule.of([following]))])
+    return result.streams
 
 
 def _picks(prefill: int, config: V4Config) -> int:
@@ -162,9 +164,7 @@ def _write_layer(writer: TensorWriter, name: str, result: BlockResult, prefill: 
         writer.write(f"{name}.indexer_topk", torch.where(picks >= 0, picks + prefill, -1))
 
 
-def _write_logits(
-    writer: TensorWriter, name: str, model: StreamedModel, streams: torch.Tensor, mtp: int | None
-) -> None:
+def _write_logits(writer: TensorWriter, name: str, model: Model, streams: torch.Tensor, mtp: int | None) -> None:
     head = model.head(mtp)
     for first in range(0, len(streams), _LOGIT_ROWS):
-        writer.write(name, head.logits(streams[first : first + _LOGIT_ROWS]), first)
+        writer.write(name, logits(head, streams[first : first + _LOGIT_ROWS]), first)

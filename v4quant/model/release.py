@@ -11,6 +11,7 @@ from v4quant.config import V4Config
 from v4quant.kernels.act_quant_fp4 import act_round_fp4
 from v4quant.kernels.act_quant_fp8 import act_quant_fp8, act_round_fp8
 from v4quant.kernels.compress_kv import CompressorState, compress_kv
+from v4quant.kernels.dequantize import dequantize_fp8
 from v4quant.kernels.fp8_gemm import fp8_gemm
 from v4quant.kernels.hadamard import hadamard
 from v4quant.kernels.hyper_mix import hyper_collapse, hyper_combine, hyper_mix
@@ -24,9 +25,12 @@ from v4quant.kernels.rope import rope_
 from v4quant.kernels.sparse_attention import Picked, sparse_attention
 from v4quant.kernels.top_k import top_k
 from v4quant.model.operations import multiply_each
+from v4quant.model.ranks import ALONE, Group
 from v4quant.model.weights import CompressorWeights, HyperWeights, Matrix
 
 ACTIVATION_BLOCK = 128
+# Values of a weight that are made FP32 at a time.
+_WIDE_VALUES = 2**22
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,16 @@ class Release:
     def linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         return self.multiply(x if matrix.scale is not None else self.prepare(x, matrix), matrix)
 
+    def partial(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        # Coded products come out in BF16, and rounded shares would be farther from the whole than any order of sums.
+        weight = matrix.weight if matrix.scale is None else dequantize_fp8(matrix.weight, matrix.scale)
+        return self._wide_product(self.prepare(x, matrix).float(), weight)
+
+    def _wide_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """float32 [T, K] times a decoded weight [N, K]: float32 [T, N]."""
+        rows = max(1, _WIDE_VALUES // weight.shape[1])
+        return torch.cat([functional.linear(x, piece.float()) for piece in torch.split(weight, rows)], 1)
+
     def plain_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, weight)
 
@@ -107,8 +121,10 @@ class Release:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, weight, self._config.rms_norm_eps)
 
-    def query_norm_(self, q: torch.Tensor) -> torch.Tensor:
-        return query_norm_(q, self._config.rms_norm_eps)
+    def query_norm_(self, q: torch.Tensor, heads: Group = ALONE) -> torch.Tensor:
+        own = slice(heads.rank * q.shape[1], (heads.rank + 1) * q.shape[1])
+        of_all = (lambda mean: (heads.join(mean, 1), own)) if heads.size > 1 else None
+        return query_norm_(q, self._config.rms_norm_eps, of_all)
 
     def rope_(self, x: torch.Tensor, cos_sin: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         return rope_(x, cos_sin, inverse)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from v4quant.kernels.sparse_attention import BLOCK_KEYS, Picked, joined
+from v4quant.model.ranks import ALONE, Group
 from v4quant.model.release import Release
 from v4quant.model.weights import HyperWeights
 
@@ -30,6 +31,9 @@ class Reordered(Release):
     def wide_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self._backwards(x, weight)
 
+    def _wide_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return super()._wide_product(x.flip(1), weight.flip(1))
+
     def _backwards(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         turned, rows = x.flip(1), max(1, _PIECE_VALUES // weight.shape[1])
         parts = [torch.nn.functional.linear(turned, piece.flip(1)) for piece in torch.split(weight, rows)]
@@ -41,8 +45,8 @@ class Reordered(Release):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return super().rms_norm(x.flip(1), weight.flip(0)).flip(1)
 
-    def query_norm_(self, q: torch.Tensor) -> torch.Tensor:
-        return q.copy_(super().query_norm_(q.flip(2)).flip(2))
+    def query_norm_(self, q: torch.Tensor, heads: Group = ALONE) -> torch.Tensor:
+        return q.copy_(super().query_norm_(q.flip(2), heads).flip(2))
 
     def pick(
         self, q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, visible: torch.Tensor, k: int

@@ -9,19 +9,21 @@ Memory: the tokens' residual streams and what one block makes of them, the dense
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from v4quant.checkpoint.reader import Checkpoint
+from v4quant.checkpoint.grid import Grid
 from v4quant.config import V4Config
 from v4quant.model.arithmetic import Arithmetic
 from v4quant.model.block import Block, feed_forward_each
 from v4quant.model.chunk import Chunk, check_prompts, split
 from v4quant.model.expert_sources import ExpertReader, StreamedExperts
-from v4quant.model.head import Head, embed, streams_of
+from v4quant.model.head import AnyHead, Head, embed, streams_of
 from v4quant.model.mtp import MtpInput
-from v4quant.model.operations import operations
-from v4quant.model.weights import Reader
+from v4quant.model.operations import Operations, operations
+from v4quant.model.ranks import ONE_RANK, Ranks
+from v4quant.model.weights import Reader, Stored
 from v4quant.names import block_prefix
 
 
@@ -73,6 +75,32 @@ class BlockResult:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """One of several runs that go through the same block side by side.
+
+    Attributes:
+        ops: the run's own operations.
+        streams: activations [T, S, d].
+        schedule: of its tokens.
+    """
+
+    ops: Operations
+    streams: torch.Tensor
+    schedule: Schedule
+
+
+class RemoteBlock(Protocol):
+    """A block that ranks hold between them."""
+
+    @property
+    def ratio(self) -> int:
+        """Its compression: 0, 4 or 128."""
+
+    def take(self, passes: Sequence[Pass]) -> list[BlockResult]:
+        """As `take`."""
+
+
+@dataclass(frozen=True)
 class Lane:
     """One of several runs that go through a block side by side.
 
@@ -94,6 +122,13 @@ def run_block(block: Block, streams: torch.Tensor, schedule: Schedule) -> BlockR
         streams: activations [T, S, d].
     """
     return run_lanes([Lane(block, streams, schedule)])[0]
+
+
+def take(block: Block | RemoteBlock, passes: Sequence[Pass]) -> list[BlockResult]:
+    """Take all tokens of several runs through a block; each expert is read once."""
+    if not isinstance(block, Block):
+        return block.take(passes)
+    return run_lanes([Lane(block.with_operations(own.ops), own.streams, own.schedule) for own in passes])
 
 
 def run_lanes(lanes: Sequence[Lane]) -> list[BlockResult]:
@@ -129,29 +164,85 @@ def _attend(lane: Lane) -> tuple[torch.Tensor, torch.Tensor | None]:
     return attended, topk
 
 
+class Model(Protocol):
+    """A model that is run block by block, in this process alone or by ranks.
+
+    Attributes:
+        config: to run by.
+        source_id: what tells its weights from others.
+        ops: the operations of a plain run.
+        arithmetic, device: of the run.
+        grid: how ranks share it.
+    """
+
+    config: V4Config
+    source_id: str
+    ops: Operations
+    arithmetic: Arithmetic
+    device: torch.device
+    grid: Grid
+
+    @property
+    def bytes_read(self) -> int:
+        """Stored bytes of weights read so far, by all ranks."""
+
+    def schedule(self, prompts: Sequence[torch.Tensor], sizes: Sequence[int] = (), where: str = "tokens") -> Schedule:
+        """Check prompts and cut them into chunks; see StreamedModel.schedule."""
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What goes into the first layer: activations [T, S, d]."""
+
+    def blocks(self, first: int, stop: int) -> Iterator[Block | RemoteBlock]:
+        """Layers first to stop - 1, in order."""
+
+    def mtp_block(self, index: int) -> Block | RemoteBlock:
+        """An MTP block."""
+
+    def mtp_inputs(
+        self, index: int, runs: Sequence[tuple[torch.Tensor, Operations]], next_ids: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """What goes into an MTP block; see StreamedModel.mtp_inputs."""
+
+    def head(self, mtp: int | None = None) -> AnyHead:
+        """The model's head, or that of an MTP block."""
+
+
+def checked_schedule(
+    prompts: Sequence[torch.Tensor], sizes: Sequence[int], where: str, config: V4Config, device: torch.device
+) -> Schedule:
+    """Check prompts and cut them into chunks; see StreamedModel.schedule."""
+    check_prompts(prompts, config, where)
+    return Schedule.of([prompt.to(device) for prompt in prompts], sizes)
+
+
 class StreamedModel:
-    """A checkpoint, run block by block; a context manager, as threads read ahead."""
+    """A checkpoint, or a rank's share of one, run block by block; a context manager, as threads read ahead."""
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        source: Stored,
         arithmetic: Arithmetic | None = None,
         device: torch.device | str = "cpu",
         *,
         config: V4Config | None = None,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         """Prepare to run; no weights are read yet.
 
         Args:
+            source: a checkpoint, or what a rank holds.
             config: to run by, if not the checkpoint's own; of the same shapes.
+            ranks: this rank, and those that compute each block with it; all run the same.
 
         Raises:
             CheckpointError: if the checkpoint has problems.
         """
-        self.config = config or checkpoint.config
-        self.source_id = checkpoint.source_id()
-        self.reader = Reader(checkpoint, arithmetic or Arithmetic(), device)
-        self.ops = operations(self.config, self.reader.arithmetic)
+        self.config = config or source.config
+        self.source_id = source.source_id()
+        self.reader = Reader(source, arithmetic or Arithmetic(), device, ranks)
+        self.arithmetic, self.device = self.reader.arithmetic, self.reader.device
+        self.ops = operations(self.config, self.arithmetic)
+        self.grid = ranks.place.grid
         self._experts = ExpertReader(self.reader)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blocks")
 
@@ -162,6 +253,11 @@ class StreamedModel:
         self._experts.close()
         self._thread.shutdown(cancel_futures=True)
 
+    @property
+    def bytes_read(self) -> int:
+        """Stored bytes of weights read so far."""
+        return self.reader.weights.bytes_read
+
     def schedule(self, prompts: Sequence[torch.Tensor], sizes: Sequence[int] = (), where: str = "tokens") -> Schedule:
         """Check prompts and cut them into chunks.
 
@@ -169,8 +265,7 @@ class StreamedModel:
             UsageError: for prompts that the model cannot take; `where` says where they came from.
             ValueError: for a size that is not positive.
         """
-        check_prompts(prompts, self.config, where)
-        return Schedule.of([prompt.to(self.reader.device) for prompt in prompts], sizes)
+        return checked_schedule(prompts, sizes, where, self.config, self.device)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """What goes into the first layer: activations [T, S, d]."""
@@ -190,9 +285,20 @@ class StreamedModel:
         """An MTP block."""
         return self._block("mtp", index)
 
-    def mtp_input(self, index: int, streams: torch.Tensor, next_ids: torch.Tensor) -> torch.Tensor:
-        """What goes into an MTP block: activations [T, S, d]; see MtpInput."""
-        return MtpInput.read(self.reader, index).streams(streams, next_ids, self.reader, self.ops)
+    def mtp_inputs(
+        self, index: int, runs: Sequence[tuple[torch.Tensor, Operations]], next_ids: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """What goes into an MTP block; see MtpInput.
+
+        Args:
+            runs: streams after the last layer, activations [T, S, d], and the operations of each run.
+            next_ids: int64 [T], the token that follows each.
+
+        Returns:
+            activations [T, S, d] of each run.
+        """
+        entry = MtpInput.read(self.reader, index)
+        return [entry.streams(streams, next_ids, self.reader, ops) for streams, ops in runs]
 
     def head(self, mtp: int | None = None) -> Head:
         """The model's head, or that of an MTP block."""
@@ -201,4 +307,4 @@ class StreamedModel:
     def _block(self, kind: str, index: int) -> Block:
         weights = self.reader.block(kind, index)
         source = StreamedExperts(self._experts, kind, index)
-        return Block(weights, self.reader.ratio(kind, index), source, self.config, self.ops)
+        return Block(weights, self.reader.ratio(kind, index), source, self.config, self.ops, self.reader.ranks)

@@ -1,6 +1,7 @@
 """The weights of a block, read from a checkpoint of any format into the form that a run multiplies with.
 
 d hidden size, q rank of the queries, H heads of D dims, g output groups of rank r, E experts of width m, V vocabulary.
+Where ranks share the model, H and g are those that this rank has: see `ranks`.
 """
 
 from collections.abc import Iterator
@@ -8,12 +9,18 @@ from dataclasses import dataclass
 
 import torch
 
+from v4quant.checkpoint.joined_weights import JoinedWeights
+from v4quant.checkpoint.rank_tensors import RankTensors, Sharded
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.checkpoint.weights import Buffers, StoredMatrix, Weights
 from v4quant.encodings import BF16
 from v4quant.errors import CheckpointError
 from v4quant.model.arithmetic import Activations, Arithmetic, Products
+from v4quant.model.ranks import ONE_RANK, Ranks
 from v4quant.names import block_prefix
+
+Stored = Checkpoint | RankTensors | Sharded
+"""What a run reads: a checkpoint, what one rank holds, or a sharded checkpoint put together as it is read."""
 
 
 @dataclass(frozen=True)
@@ -119,18 +126,27 @@ class Reader:
         weights: the checkpoint's tensors.
         config: of the checkpoint.
         arithmetic: of the run.
+        ranks: this rank, and those that it computes with.
+        experts: routed experts of a block that this rank holds.
+        vocabulary: rows of the embedding and of the head that it holds.
     """
 
-    def __init__(self, checkpoint: Checkpoint, arithmetic: Arithmetic, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, source: Stored, arithmetic: Arithmetic, device: torch.device | str = "cpu", ranks: Ranks = ONE_RANK
+    ) -> None:
         """Read for runs with this arithmetic on this device.
 
         Raises:
             CheckpointError: if the checkpoint has problems.
         """
-        self.weights = Weights(checkpoint)
-        self.config = checkpoint.config
+        self.weights = JoinedWeights(source) if isinstance(source, Sharded) else Weights(source)
+        self.config = source.config
         self.arithmetic = arithmetic
         self.device = torch.device(device)
+        self.ranks = ranks
+        place, rows = ranks.place, self.config.vocab_size // ranks.place.grid.tp
+        self.experts = place.experts(self.config.n_routed_experts)
+        self.vocabulary = range(place.tp_rank * rows, (place.tp_rank + 1) * rows)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in its stored dtype, on the run's device."""
@@ -213,7 +229,7 @@ class Reader:
             wkv=self.matrix(f"{prefix}wkv"),
             kv_norm=self.tensor(f"{prefix}kv_norm.weight"),
             sink=self.tensor(f"{prefix}attn_sink"),
-            wo_a=wo_a.view(self.config.o_groups, -1, wo_a.shape[1]),  # [g, r, H D / g]
+            wo_a=wo_a.view(-1, self.config.o_lora_rank, wo_a.shape[1]),  # [g, r, H D / g]
             wo_b=self.matrix(f"{prefix}wo_b"),
             compressor=self._compressor(f"{prefix}compressor.") if ratio else None,
             indexer=self._indexer(f"{prefix}indexer.") if ratio == 4 else None,

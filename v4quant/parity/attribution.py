@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 
-from v4quant.checkpoint.verify import Mismatch, value_differences
+from v4quant.checkpoint.verify_report import Mismatch
 from v4quant.model.block import Block
 from v4quant.model.streaming import Lane, Schedule, StreamedModel, run_lanes
 from v4quant.model.weights import BlockWeights
@@ -156,7 +156,12 @@ class Suspects:
 
 @torch.inference_mode()
 def attribute(
-    name: str, streams: torch.Tensor, schedule: Schedule, candidate: StreamedModel, reference: StreamedModel
+    name: str,
+    streams: torch.Tensor,
+    schedule: Schedule,
+    candidate: StreamedModel,
+    reference: StreamedModel,
+    differences: Callable[[str], list[Mismatch]],
 ) -> BlockAttribution:
     """Exchange the modules of a block one by one.
 
@@ -164,6 +169,8 @@ def attribute(
         name: of the block, "layer 3" or "mtp 0".
         streams: the reference's before it, [T, S, d].
         schedule: of the tokens.
+        candidate: a sharded one is put together here: what its ranks hold tells what is wrong with it.
+        differences: tensors whose values differ, of those whose name begins with this.
     """
     kind, index = ("mtp" if name.startswith("mtp") else "layers"), int(name.split()[1])
     own, other = (_block(model, kind, index) for model in (candidate, reference))
@@ -182,8 +189,7 @@ def attribute(
     exchanges = [Exchange(module, rest, _explained(error, rest)) for module, rest in left.items()]
     exchanges.sort(key=lambda exchange: exchange.error)
     prefix = block_prefix(kind, index)
-    tensors = value_differences(candidate.reader.weights.checkpoint, reference.reader.weights.checkpoint, prefix)
-    return BlockAttribution(prefix.removesuffix("."), error, exchanges, tensors)
+    return BlockAttribution(prefix.removesuffix("."), error, exchanges, differences(prefix))
 
 
 def _block(model: StreamedModel, kind: str, index: int) -> Block:

@@ -4,13 +4,20 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from v4quant.checkpoint.compare_shares import share_differences
+from v4quant.checkpoint.rank_tensors import Sharded
 from v4quant.checkpoint.reader import Checkpoint
+from v4quant.checkpoint.verify import value_differences
+from v4quant.checkpoint.verify_report import Mismatch
 from v4quant.config import V4Config
 from v4quant.errors import UsageError
 from v4quant.model.arithmetic import Activations, Arithmetic, Products
+from v4quant.model.process_ranks import ProcessRanks
+from v4quant.model.ranked import model_of
 from v4quant.model.streaming import Schedule, StreamedModel
 from v4quant.parity.attribution import BlockAttribution, Suspects, attribute
 from v4quant.parity.coverage import Coverage, coverage_of
@@ -33,27 +40,29 @@ class Task:
     """What to compare, and how.
 
     Attributes:
-        candidate: the checkpoint in question.
+        candidate: the checkpoint in question; a sharded one is run by its ranks.
         reference: what it is compared with.
         prompts: tokens.
         activations: release or stored.
         device: where to compute.
         index_topk: for both sides, in the place of config.json's; None to leave it.
+        processes: a sharded candidate's ranks, of which this process is the first; None for threads of this process.
     """
 
-    candidate: Checkpoint
+    candidate: Checkpoint | Sharded
     reference: Checkpoint | StoredOutputs
     prompts: Prompts
     activations: Activations = Activations.RELEASE
     device: torch.device | str = "cpu"
     index_topk: int | None = None
+    processes: ProcessRanks | None = None
 
     @property
     def arithmetic(self) -> Arithmetic:
         """The same for both sides: decoded products, which are one arithmetic for every stored form."""
         return Arithmetic(self.activations, Products.DECODED)
 
-    def config_of(self, checkpoint: Checkpoint) -> V4Config:
+    def config_of(self, checkpoint: Checkpoint | Sharded) -> V4Config:
         """A side's config as it is run."""
         return checkpoint.config if self.index_topk is None else replace(checkpoint.config, index_topk=self.index_topk)
 
@@ -96,7 +105,9 @@ def compare(task: Task, progress: Callable[[int], Progress] = lambda _: lambda _
     if isinstance(task.reference, Checkpoint):
         require_same_shape(task.candidate, task.reference)
     with ExitStack() as stack:
-        candidate = stack.enter_context(_model(task, task.candidate))
+        config, processes = task.config_of(task.candidate), task.processes
+        model = model_of(task.candidate, task.arithmetic, task.device, config=config, processes=processes)
+        candidate = stack.enter_context(model)
         alongside = None
         if isinstance(task.reference, Checkpoint):
             alongside = stack.enter_context(_model(task, task.reference))
@@ -109,22 +120,31 @@ def compare(task: Task, progress: Callable[[int], Progress] = lambda _: lambda _
         judgement = judge(outcome)
         attribution = []
         if alongside is not None and judgement.verdict is Verdict.DIFFERENT:
+            whole = stack.enter_context(_model(task, task.candidate))
             for name, streams in suspects.chosen(judgement.departing_blocks(outcome)).items():
                 schedule = lockstep.mtp_chunking.plain if name.startswith("mtp") else lockstep.chunking.plain
-                attribution.append(attribute(name, streams, schedule, candidate, alongside))
-        read = candidate.reader.weights.bytes_read + reference.bytes_read
+                attribution.append(attribute(name, streams, schedule, whole, alongside, partial(_differences, task)))
+        read = candidate.bytes_read + reference.bytes_read
     # What the reference has is what there is to cover: a candidate may have lost some of it.
-    whole = task.reference if isinstance(task.reference, Checkpoint) else task.candidate
-    coverage = coverage_of(outcome, task.config_of(whole), task.prompts)
+    covered = task.reference if isinstance(task.reference, Checkpoint) else task.candidate
+    coverage = coverage_of(outcome, task.config_of(covered), task.prompts)
     schedule = lockstep.chunking.plain
     return Comparison(outcome, judgement, tuple(attribution), coverage, schedule, time.monotonic() - start, read)
 
 
-def _model(task: Task, checkpoint: Checkpoint) -> StreamedModel:
+def _model(task: Task, checkpoint: Checkpoint | Sharded) -> StreamedModel:
     return StreamedModel(checkpoint, task.arithmetic, task.device, config=task.config_of(checkpoint))
 
 
-def require_same_shape(candidate: Checkpoint, reference: Checkpoint) -> None:
+def _differences(task: Task, prefix: str) -> list[Mismatch]:
+    """Tensors of a block whose values differ."""
+    assert isinstance(task.reference, Checkpoint)
+    if isinstance(task.candidate, Sharded):
+        return list(share_differences(task.candidate, task.reference, prefix))
+    return value_differences(task.candidate, task.reference, prefix)
+
+
+def require_same_shape(candidate: Checkpoint | Sharded, reference: Checkpoint) -> None:
     """Refuse two models that have no layers to compare.
 
     Raises:

@@ -15,7 +15,9 @@ import torch
 import v4quant
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME
 from v4quant.checkpoint.files import Source
+from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.index import INDEX_NAME
+from v4quant.checkpoint.rank_tensors import Sharded
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.config import CONFIG_NAME, V4Config
 
@@ -24,18 +26,29 @@ _STORAGE_KEYS = {"expert_dtype", "quantization_config"}
 _HASH_BYTES = 4 * 2**20
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint: its place, form, and the hashes of what describes its bytes."""
+def describe(checkpoint: Checkpoint | Sharded, how: str = "") -> dict[str, Any]:
+    """A checkpoint: its place, form, and the hashes of what describes its bytes.
+
+    Args:
+        how: a sharded checkpoint's ranks were run: "virtual" or "processes". Hashes are those of the checkpoint that it
+            was made from.
+    """
+    files = checkpoint.whole.files if isinstance(checkpoint, Sharded) else checkpoint.files
     return {
         "path": checkpoint.where,
         "release": checkpoint.release,
         "format": checkpoint.scheme.name,
         "source_id": checkpoint.source_id(),
-        "index_sha256": _sha256(checkpoint.files, INDEX_NAME),
-        "config_sha256": _sha256(checkpoint.files, CONFIG_NAME),
-        "certificate_sha256": _sha256(checkpoint.files, CERTIFICATE_NAME),
+        "index_sha256": _sha256(files, INDEX_NAME),
+        "config_sha256": _sha256(files, CONFIG_NAME),
+        "certificate_sha256": _sha256(files, CERTIFICATE_NAME),
         "bytes": checkpoint.bytes,
+        "ranks": _ranks(checkpoint.grid, how) if isinstance(checkpoint, Sharded) else None,
     }
+
+
+def _ranks(grid: Grid, how: str) -> dict[str, Any]:
+    return {"how": how, "ranks": grid.ranks, "tp": grid.tp, "ep": grid.ep, "pp": grid.pp}
 
 
 def _sha256(files: Source, name: str) -> str | None:
@@ -47,11 +60,12 @@ def _sha256(files: Source, name: str) -> str | None:
     return digest.hexdigest()
 
 
-def bytes_by_role(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes of tensor data by role, MTP blocks apart, as `inspect` counts them."""
+def bytes_by_role(checkpoint: Checkpoint | Sharded) -> dict[str, int]:
+    """Bytes of tensor data by role, MTP blocks apart, as `inspect` counts them; of all ranks."""
     totals: Counter[str] = Counter()
-    for name, entry in checkpoint.tensors.items():
-        totals[checkpoint.parsed[name].group] += entry.bytes
+    for part in checkpoint.ranks if isinstance(checkpoint, Sharded) else [checkpoint]:
+        for name, entry in part.tensors.items():
+            totals[part.parsed[name].group] += entry.bytes
     return dict(totals)
 
 

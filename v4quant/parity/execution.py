@@ -1,7 +1,8 @@
 """Count what a run executes, and compare with what the config says it has to: a module that never ran proves nothing.
 
 Counts are rows and multiply-adds that really went through the operations. What is expected follows from the config and
-the lengths of the prompts alone, by the formulas of the model, not from anything that the run says of itself.
+the lengths of the prompts alone, by the formulas of the model, not from anything that the run says of itself. Where
+ranks share a model, it is what all of them execute together: what each does is counted as often as there are ranks.
 """
 
 from collections import Counter
@@ -10,11 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from v4quant.checkpoint.grid import Grid
 from v4quant.config import V4Config
 from v4quant.errors import CheckFailedError
 from v4quant.model.streaming import Schedule
 
 CSA, HCA = 4, 128
+ONE = Grid(1)
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,18 @@ _UNITS = {
 }
 
 
-def executed_by(counts: Counter[str], config: V4Config, ratio: int, schedule: Schedule) -> list[Executed]:
+def executed_by(
+    counts: Counter[str], config: V4Config, ratio: int, schedule: Schedule, grid: Grid = ONE
+) -> list[Executed]:
     """What a block executed, beside what the config says.
 
     Args:
         counts: of the block alone.
         ratio: its compression.
         schedule: of the run that was counted.
+        grid: how ranks share the model, of whose stage counts are sums.
     """
-    expected = _expected(config, ratio, schedule)
+    expected = _expected(config, ratio, schedule, grid)
     return [Executed(_UNITS[what], counts[what], wanted) for what, wanted in expected.items()]
 
 
@@ -93,26 +99,27 @@ def require_finite(streams: torch.Tensor, where: str) -> None:
         )
 
 
-def _expected(config: V4Config, ratio: int, schedule: Schedule) -> dict[str, int]:
+def _expected(config: V4Config, ratio: int, schedule: Schedule, grid: Grid) -> dict[str, int]:
     positions = torch.cat([chunk.positions for chunk in schedule.chunks]).long()
     tokens = len(positions)
     visible = (positions + 1) // ratio if ratio else torch.zeros_like(positions)
     entries = sum(length // ratio for length in _lengths(schedule)) if ratio else 0
     attended = (positions + 1).clamp(max=config.sliding_window)
     attended = attended + (visible.clamp(max=config.index_topk) if ratio == CSA else visible)
-    a_token, wide_a_token = _multiply_adds(config, ratio)
+    a_token, wide_a_token = _multiply_adds(config, ratio, grid)
+    ranks = grid.expert_shares  # of a stage
     expected = {
-        "attention": tokens,
-        "attended entries": int(attended.sum()),
-        "hyper-connections": 4 * tokens,
-        "experts": tokens * (1 + config.num_experts_per_tok),
+        "attention": ranks * tokens,
+        "attended entries": ranks * int(attended.sum()),
+        "hyper-connections": ranks * 4 * tokens,
+        "experts": tokens * (ranks + config.num_experts_per_tok),
         "products": tokens * a_token,
         "FP32 products": tokens * wide_a_token,
     }
     if ratio:
-        expected["compressed entries"] = entries * (2 if ratio == CSA else 1)
+        expected["compressed entries"] = ranks * entries * (2 if ratio == CSA else 1)
     if ratio == CSA:
-        expected["indexer"] = int((visible > 0).sum())
+        expected["indexer"] = ranks * int((visible > 0).sum())
     return expected
 
 
@@ -125,12 +132,16 @@ def _lengths(schedule: Schedule) -> list[int]:
     return lengths
 
 
-def _multiply_adds(config: V4Config, ratio: int) -> tuple[int, int]:
-    """Multiply-adds of a token in a block: of BF16 products, and of FP32 products outside hyper-connections."""
+def _multiply_adds(config: V4Config, ratio: int, grid: Grid) -> tuple[int, int]:
+    """Multiply-adds of a token in a block: of BF16 products, and of FP32 products outside hyper-connections.
+
+    Of cut matrices there is a copy for each of `ep`, of routed experts one, of all else one a rank.
+    """
     d, rank, heads, dim = config.hidden_size, config.q_lora_rank, config.num_attention_heads, config.head_dim
     width, groups, o_rank = heads * dim, config.o_groups, config.o_lora_rank
-    attention = d * rank + rank * width + d * dim + width * o_rank + groups * o_rank * d
-    experts = (1 + config.num_experts_per_tok) * 3 * d * config.moe_intermediate_size
+    attention = rank * width + width * o_rank + groups * o_rank * d
+    whole = d * rank + d * dim
+    expert = 3 * d * config.moe_intermediate_size
     wide = d * config.n_routed_experts
     index = 0
     if ratio:
@@ -139,7 +150,9 @@ def _multiply_adds(config: V4Config, ratio: int) -> tuple[int, int]:
     if ratio == CSA:
         index = rank * config.index_n_heads * config.index_head_dim + d * config.index_n_heads
         wide += 2 * d * 2 * config.index_head_dim
-    return attention + experts + index, wide
+    ranks = grid.expert_shares
+    a_token = grid.ep * (attention + index) + ranks * (whole + expert) + config.num_experts_per_tok * expert
+    return a_token, ranks * wide
 
 
 def total(blocks: Sequence[Sequence[Executed]]) -> list[Executed]:

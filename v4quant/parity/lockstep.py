@@ -18,7 +18,7 @@ import torch
 from v4quant.model.block import Block
 from v4quant.model.counted import CLAMPED
 from v4quant.model.mtp import runnable_mtp_blocks
-from v4quant.model.streaming import BlockResult, Schedule, StreamedModel
+from v4quant.model.streaming import BlockResult, Model, RemoteBlock, Schedule
 from v4quant.parity.execution import Executed, executed_by
 from v4quant.parity.figures import BlockFigures, StreamFigures, compare_block, compare_streams, token_errors
 from v4quant.parity.logits import LogitFigures, compare_logits, next_tokens
@@ -109,7 +109,7 @@ class _Mark(NamedTuple):
 class Lockstep:
     """A comparison of a candidate with a reference."""
 
-    def __init__(self, model: StreamedModel, reference: Reference, prompts: Prompts) -> None:
+    def __init__(self, model: Model, reference: Reference, prompts: Prompts) -> None:
         """Prepare; nothing is run yet.
 
         Args:
@@ -186,12 +186,12 @@ class Lockstep:
         progress("MTP head")
 
     def _compare(
-        self, name: str, runs: Runs, block: Block, expected: Expected, before: torch.Tensor, mark: _Mark
+        self, name: str, runs: Runs, block: Block | RemoteBlock, expected: Expected, before: torch.Tensor, mark: _Mark
     ) -> BlockOutcome:
         """Take the candidate through a block and compare with what was expected; `mark` is when the block began."""
         answers = runs.take(block, before)
         counts = runs.counted.take()
-        executed = executed_by(counts, self._model.config, block.ratio, runs.plain.schedule)
+        executed = executed_by(counts, self._model.config, block.ratio, runs.plain.schedule, self._model.grid)
         isolated = accumulated = None
         if expected.result is not None:
             isolated = _compare_known(answers.isolated, expected.result)
@@ -232,7 +232,7 @@ class Lockstep:
         return torch.cat(rows), following, torch.cat(targets)
 
     def _mark(self) -> _Mark:
-        return _Mark(time.monotonic(), self._model.reader.weights.bytes_read + self._reference.bytes_read)
+        return _Mark(time.monotonic(), self._model.bytes_read + self._reference.bytes_read)
 
 
 def _compare_known(found: BlockResult, expected: BlockResult) -> BlockFigures:

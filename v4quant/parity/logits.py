@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from v4quant.errors import CheckFailedError
-from v4quant.model.head import Head
+from v4quant.model.head import AnyHead, Piece
 from v4quant.model.operations import Operations
 from v4quant.model.reordered import Reordered
 
@@ -74,12 +74,12 @@ class Collapsed:
         ops: of the run.
     """
 
-    head: Head
+    head: AnyHead
     x: torch.Tensor
     ops: Operations
 
     @classmethod
-    def of(cls, head: Head, streams: torch.Tensor, ops: Operations) -> "Collapsed":
+    def of(cls, head: AnyHead, streams: torch.Tensor, ops: Operations) -> "Collapsed":
         """From streams, activations [T, S, d]."""
         return cls(head, head.collapse(streams, ops), ops)
 
@@ -100,13 +100,18 @@ def logit_pieces(runs: Sequence[Collapsed]) -> Iterator[list[torch.Tensor]]:
         yield made
 
 
-def _alike(one: Collapsed, other: Collapsed, weights: Mapping[Head, torch.Tensor]) -> bool:
+def _alike(one: Collapsed, other: Collapsed, weights: Mapping[AnyHead, Piece]) -> bool:
     """True if both give the same logits from these pieces."""
     return (
         _computes_alike(one.ops, other.ops)
         and torch.equal(one.x, other.x)
-        and (one.head is other.head or torch.equal(weights[one.head], weights[other.head]))
+        and (one.head is other.head or _equal(weights[one.head], weights[other.head]))
     )
+
+
+def _equal(one: Piece, other: Piece) -> bool:
+    """True if two pieces are known to be equal: of those that ranks hold nothing is known here."""
+    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
 
 
 def _computes_alike(one: Operations, other: Operations) -> bool:

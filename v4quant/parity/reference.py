@@ -92,7 +92,7 @@ class Alongside:
     @property
     def bytes_read(self) -> int:
         """Bytes of weights read so far."""
-        return self._model.reader.weights.bytes_read
+        return self._model.bytes_read
 
     @property
     def _going(self) -> Runs:

@@ -181,7 +181,7 @@ def _evidence(task: Task, comparison: Comparison) -> dict[str, Any]:
     stored = None if isinstance(task.reference, Checkpoint) else task.reference
     return {
         "reference": describe(task.reference) if isinstance(task.reference, Checkpoint) else None,
-        "candidate": describe(task.candidate),
+        "candidate": describe(task.candidate, "processes" if task.processes else "virtual"),
         "reference_outputs": {"path": str(stored.path), "sha256": stored.sha256(), **stored.metadata}
         if stored
         else None,

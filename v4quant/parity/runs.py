@@ -10,10 +10,9 @@ import torch
 
 from v4quant.model.block import Block
 from v4quant.model.counted import Counted
-from v4quant.model.mtp import MtpInput
 from v4quant.model.operations import Operations
 from v4quant.model.reordered import Reordered
-from v4quant.model.streaming import BlockResult, Lane, Schedule, StreamedModel, run_lanes
+from v4quant.model.streaming import BlockResult, Model, Pass, RemoteBlock, Schedule, take
 from v4quant.parity.figures import BlockFigures, compare_block
 from v4quant.parity.logits import Collapsed
 
@@ -68,7 +67,7 @@ class Runs:
         variants: the same tokens in another order of sums, and in other chunks; none where no noise is measured.
     """
 
-    def __init__(self, model: StreamedModel, chunking: Chunking, *, with_noise: bool) -> None:
+    def __init__(self, model: Model, chunking: Chunking, *, with_noise: bool) -> None:
         """Begin with the embedding of the tokens."""
         streams = model.embed(chunking.plain.input_ids)
         self._model = model
@@ -83,21 +82,19 @@ class Runs:
     def _every(self) -> list[Run]:
         return [self.plain, *self.variants.values()]
 
-    def take(self, block: Block, isolated_input: torch.Tensor) -> Answers:
+    def take(self, block: Block | RemoteBlock, isolated_input: torch.Tensor) -> Answers:
         """Take every run through a block.
 
         Args:
             isolated_input: the reference's streams before this block, [T, S, d].
         """
         every = self._every
-        own_lanes = [Lane(block.with_operations(run.ops), run.streams, run.schedule) for run in every]
+        passes = [Pass(run.ops, run.streams, run.schedule) for run in every]
         # Where a run stands where the reference stands, its own answer is the isolated one.
         apart = [run for run in every if not torch.equal(run.streams, isolated_input)]
         ops = [self._model.ops if run is self.plain else run.ops for run in apart]  # what is counted is counted once
-        lanes = [
-            Lane(block.with_operations(own), isolated_input, run.schedule) for own, run in zip(ops, apart, strict=True)
-        ]
-        results = run_lanes([*own_lanes, *lanes])
+        passes += [Pass(own, isolated_input, run.schedule) for own, run in zip(ops, apart, strict=True)]
+        results = take(block, passes)
         own, others = results[: len(every)], iter(results[len(every) :])
         isolated = [next(others) if run in apart else result for run, result in zip(every, own, strict=True)]
         noise: Noise = {}
@@ -121,11 +118,10 @@ class Runs:
         Returns:
             what this checkpoint makes of `last` for its MTP block: activations [M, S, d].
         """
-        entry = MtpInput.read(self._model.reader, 0)
-        following = chunking.plain.input_ids
-        before = entry.streams(last[rows], following, self._model.reader, self.plain.ops)
-        for name, run in [("", self.plain), *self.variants.items()]:
-            run.streams = entry.streams(run.streams[rows], following, self._model.reader, run.ops)
+        runs = [(last[rows], self.plain.ops), *((run.streams[rows], run.ops) for run in self._every)]
+        before, *own = self._model.mtp_inputs(0, runs, chunking.plain.input_ids)
+        for (name, run), streams in zip([("", self.plain), *self.variants.items()], own, strict=True):
+            run.streams = streams
             run.schedule = chunking.other if name == CHUNKS else chunking.plain
         self.counted.take()  # what stands before the block is no part of it
         return before

@@ -1,5 +1,8 @@
 """The verdict in words."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from v4quant.model.arithmetic import Activations
 from v4quant.parity.attribution import Blame
 from v4quant.parity.compare import Comparison, Task
@@ -77,3 +80,9 @@ def describe(departure: Departure) -> str:
         f"{departure.where}: {FIGURE_NAMES.get(departure.figure, departure.figure)} is {departure.found:.3g}, "
         f"{departure.times:.1f} times its limit of {departure.limit:.3g}"
     )
+
+
+def describe_ranks(ranks: Mapping[str, Any]) -> str:
+    """Who ran a sharded checkpoint: "2 ranks (--tp 2 --ep 1 --pp 1), threads of one process"."""
+    how = "threads of one process" if ranks["how"] == "virtual" else "a process each"
+    return f"{ranks['ranks']:,} ranks (--tp {ranks['tp']} --ep {ranks['ep']} --pp {ranks['pp']}), {how}"

@@ -20,7 +20,7 @@ CONTEXT, LAST = 143, 1  # the last token completes a CSA entry
 @pytest.fixture(autouse=True)
 def roots_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the kernel does; see query_norm."""
-    monkeypatch.setattr(query_norm, "query_norm_torch_", lambda q, eps: q.copy_(query_norm_rounded_once(q, eps)))
+    monkeypatch.setattr(query_norm, "query_norm_torch_", lambda q, eps, _: q.copy_(query_norm_rounded_once(q, eps)))
 
 
 def last_tokens(block: Block, streams: torch.Tensor, ids: torch.Tensor, kernels: str) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 from v4quant.parity.report.figures import NOT_APPLICABLE, duration, number, run_lengths, share
 from v4quant.parity.report.markup import Column, Html, join, pairs, section, table, tag
+from v4quant.parity.sentences import describe_ranks
 from v4quant.words import decimal_bytes, plural
 
 _SIDES = ("reference", "candidate")
@@ -137,7 +138,9 @@ def _checkpoints(evidence: Mapping[str, Any]) -> Html:
         for key, title in keys.items()
     ]
     sizes = [f"{evidence[side]['bytes']:,} ({decimal_bytes(evidence[side]['bytes'])})" for side in sides]
-    return table("Checkpoints", columns, [*rows, ["bytes", *sizes]])
+    ranks = [evidence[side]["ranks"] for side in sides]
+    run_by = [describe_ranks(own) if own else NOT_APPLICABLE for own in ranks]
+    return table("Checkpoints", columns, [*rows, ["bytes", *sizes], *([["run by", *run_by]] if any(ranks) else [])])
 
 
 def _run(evidence: Mapping[str, Any]) -> list[tuple[str, object]]:

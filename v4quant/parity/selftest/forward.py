@@ -39,7 +39,7 @@ class ForwardCheck:
         if self._model is None or self._reference is None:
             self._model = StreamedModel(open_checkpoint(self._folder))
             self._reference = Remembered(Alongside(self._model))
-        candidate, sound = open_checkpoint(copy), self._model.reader.weights.checkpoint
+        candidate, sound = open_checkpoint(copy), open_checkpoint(self._folder)
         require_same_shape(candidate, sound)
         with StreamedModel(candidate) as model:
             outcome = Lockstep(model, self._reference, built_prompts(sound.config, None, None)).run()

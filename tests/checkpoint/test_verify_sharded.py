@@ -1,0 +1,159 @@
+"""`verify` on sharded folders: one byte anywhere is found, copies and recoded weights included."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.conversion import convert, edit
+from tests.checkpoint.sharding import shard, split, write_wide
+from v4quant.checkpoint.certificate import CERTIFICATE_NAME
+from v4quant.checkpoint.grid import Grid
+from v4quant.checkpoint.header import TensorEntry
+from v4quant.checkpoint.tp_folder import open_sharded
+from v4quant.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_wide(tmp_path_factory.mktemp("verify") / "source")
+
+
+@pytest.fixture(scope="module")
+def sharded(source: Path) -> dict[str, Path]:
+    root = source.parent
+    shard(source, root / "mp2", 2)
+    shard(source, root / "fp8", 2, fp8_experts=True)
+    split(source, root / "ranks", Grid(2, 2, 2))
+    return {name: root / name for name in ("mp2", "fp8", "ranks")}
+
+
+def verify(folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, dict[str, str]]:
+    """Exit code, and reasons by tensor."""
+    code = main(["verify", str(folder), *more, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] == (code == 0)
+    return code, {mismatch["tensor"]: mismatch["reason"] for mismatch in report["mismatches"]}
+
+
+def flip(folder: Path, entry: TensorEntry) -> None:
+    """Change one bit in the middle of a tensor."""
+    data = bytearray((folder / entry.file).read_bytes())
+    data[(entry.start + entry.stop) // 2] ^= 4
+    (folder / entry.file).write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["mp2", "fp8", "ranks"])
+def test_whole_folders(
+    name: str, source: Path, sharded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify(sharded[name], capsys) == (0, {})
+    assert verify(sharded[name], capsys, "--against", str(source)) == (0, {})
+    convert(source, tmp_path / "bf16", "bf16")
+    assert verify(sharded[name], capsys, "--against", str(tmp_path / "bf16")) == (0, {})
+
+
+def test_every_rank_alone(sharded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in sorted(sharded["ranks"].glob("rank-*")):
+        assert verify(folder, capsys) == (0, {})
+    alone = shutil.copytree(sharded["ranks"] / "rank-005", tmp_path / "alone")
+    entry = open_sharded(sharded["ranks"]).layout.held_by(5)["norm.weight"]
+    path = alone / entry.file.partition("/")[2]
+    data = bytearray(path.read_bytes())
+    data[entry.start] ^= 1
+    path.write_bytes(data)
+    code, found = verify(alone, capsys)
+    assert code == 1
+    assert "bytes differ" in found["norm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "tensor", "reason"),
+    [
+        ("mp2", 1, "layers.1.attn.wkv.weight", "in model1-mp2.safetensors differs from the copy in another rank"),
+        ("mp2", 1, "layers.1.attn.wo_a.weight", "in model1-mp2.safetensors is not fp8 codes times scale"),
+        ("fp8", 1, "layers.0.ffn.experts.7.w1.weight", ""),
+        ("fp8", 0, "layers.0.ffn.experts.1.w2.scale", ""),
+        ("ranks", 2, "layers.0.attn.wq_a.weight", "in rank-002/model-00002-of-00003.safetensors differs from the copy"),
+        ("ranks", 3, "embed.weight", "in rank-003/model-00001-of-00003.safetensors differs from the copy"),
+        ("ranks", 7, "embed.weight", "in rank-007/model-00001-of-00004.safetensors differs from the copy"),
+        ("ranks", 6, "layers.2.ffn.experts.5.w3.weight", "has another sha256 than rank-006/v4quant.certificate.jsonl"),
+    ],
+)
+def test_one_bit(
+    name: str,
+    rank: int,
+    tensor: str,
+    reason: str,
+    source: Path,
+    sharded: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(sharded[name], tmp_path / "damaged")
+    flip(folder, open_sharded(folder).layout.held_by(rank)[tensor])
+    weight = tensor.replace(".scale", ".weight")
+    for more in ([], ["--against", str(source)]):
+        code, found = verify(folder, capsys, *more)
+        assert code == 1
+        file = open_sharded(folder).layout
+        of_tensor = next(f for f, places in file.placements.items() if any(p.source.name == weight for p in places))
+        assert found.keys() <= {tensor, weight, of_tensor}
+        if reason and not more:
+            assert reason in found[tensor]
+
+
+def test_what_the_extra_file_holds(
+    sharded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate(["layers.1.attn.wo_a.weight", "file/README.md", "file/config.json"]):
+        folder = shutil.copytree(sharded["mp2"], tmp_path / str(number))
+        flip(folder, open_sharded(folder).layout.extra.entries[name])
+        code = main(["verify", str(folder)])
+        printed = capsys.readouterr()
+        assert code in (1, 2, 3)
+        assert name.removeprefix("file/") in printed.out + printed.err
+
+
+def test_experts_exchanged_between_ranks(
+    source: Path, sharded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes of two experts in each other's place: every file has its size and header."""
+    folder = shutil.copytree(sharded["ranks"], tmp_path / "damaged")
+    layout = open_sharded(folder).layout
+    first = layout.held_by(0)["layers.0.ffn.experts.0.w1.weight"]
+    second = layout.held_by(1)["layers.0.ffn.experts.2.w1.weight"]
+    data = [bytearray((folder / entry.file).read_bytes()) for entry in (first, second)]
+    parts = [bytes(own[entry.start : entry.stop]) for own, entry in zip(data, (first, second), strict=True)]
+    data[0][first.start : first.stop], data[1][second.start : second.stop] = parts[1], parts[0]
+    for own, entry in zip(data, (first, second), strict=True):
+        (folder / entry.file).write_bytes(own)
+    code, found = verify(folder, capsys, "--against", str(source))
+    assert code == 1
+    assert found.keys() == {first.name, second.name}
+    assert all("values differ" in reason for reason in found.values())
+
+
+def test_certificates_of_ranks(sharded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(sharded["ranks"], tmp_path / "damaged")
+    path = folder / "rank-004" / CERTIFICATE_NAME
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    missing = json.loads(lines[-1])["tensor"]
+    code, found = verify(folder, capsys)
+    assert code == 1
+    assert found == {missing: f"has no line in rank-004/{CERTIFICATE_NAME}"}
+    path.unlink()
+    assert verify(folder, capsys) == (
+        1,
+        {f"rank-004/{CERTIFICATE_NAME}": "is missing, expected the certificate of this rank"},
+    )
+
+
+def test_another_checkpoint(sharded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = write_wide(tmp_path / "other")
+    edit(other, "layers.1.attn.wkv.weight", lambda data: data.__setitem__((0, 0), data[0, 0] ^ 0x80))
+    code, found = verify(sharded["ranks"], capsys, "--against", str(other))
+    assert code == 1
+    assert found.keys() == {"layers.1.attn.wkv.weight"}

@@ -1,0 +1,69 @@
+"""Ranks as processes under torchrun: the very bits of virtual ranks, and an end for all when one ends."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tests
+from tests.model.cut import GRIDS, cut
+from tests.model.references import named
+from tests.model.run_ranks import outputs
+from v4quant.checkpoint.grid import Grid
+from v4quant.errors import UsageError
+from v4quant.model.arithmetic import Arithmetic
+from v4quant.model.process_ranks import require_processes
+from v4quant.model.ranked import virtual_model
+
+BASE = named("tiny-base")
+ROOT = Path(tests.__file__).parents[1]
+
+
+def run_ranks(folder: Path, grid: str, out: Path, *fault: str) -> subprocess.CompletedProcess[str]:
+    """Start a process a rank, and wait for them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(GRIDS[grid].ranks)]
+    command += [str(ROOT / "tests/model/run_ranks.py"), str(folder), str(out), *fault]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.mark.parametrize("grid", ["tp2", "tp2 x ep2"])
+def test_processes_have_the_bits_of_virtual_ranks(grid: str, tmp_path: Path) -> None:
+    sharded = cut(BASE.folder, tmp_path / "cut", GRIDS[grid])
+    done = run_ranks(tmp_path / "cut", grid, tmp_path / "out.pt")
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode(), virtual_model(sharded, Arithmetic(), "cpu") as model:
+            expected = outputs(model)
+    finally:
+        torch.set_num_threads(cores)
+    found = torch.load(tmp_path / "out.pt")
+    assert len(found) == len(expected) == 4
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("fault", ["error", "killed"])
+def test_all_end_when_one_does(fault: str, tmp_path: Path) -> None:
+    """At once, and with one message: the rank's own, or torchrun's of the one that was killed."""
+    cut(BASE.folder, tmp_path / "cut", GRIDS["tp2"])
+    done = run_ranks(tmp_path / "cut", "tp2", tmp_path / "out.pt", fault)
+    assert done.returncode == 1
+    assert not (tmp_path / "out.pt").exists()
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said == ["error: this rank has had enough"] if fault == "error" else "SIGKILL" in done.stderr
+    assert 'run_ranks.py", line' not in done.stderr, "torchrun shows where it failed itself; the ranks do not"
+
+
+def test_as_many_processes_as_ranks() -> None:
+    require_processes(Grid(2, 2), 4)
+    with pytest.raises(
+        UsageError, match=r"3 processes were started for a checkpoint of 4 ranks \(--tp 2 --ep 2"
+    ) as told:
+        require_processes(Grid(2, 2), 3)
+    assert "torchrun --nproc-per-node 4 -m v4quant" in told.value.hint
