@@ -15,8 +15,9 @@ PACKAGE = Path(v4quant.__file__).parent
 COMMON = {"errors", "dtypes", "encodings", "strict_json", "config", "config_keys", "names", "inventory", "words"}
 # Room -> rooms it may import besides itself and the common modules.
 ARROWS = {
-    "cli": {"parity", "testing", "model", "checkpoint", "formats", "budget", "chat"},
+    "cli": {"hub", "parity", "testing", "model", "checkpoint", "formats", "budget", "chat"},
     "testing": {"kernels", "checkpoint", "formats", "numerics"},
+    "hub": {"checkpoint", "parity"},
     "parity": {"model", "checkpoint"},
     "model": {"kernels", "checkpoint"},
     "kernels": {"numerics"},
@@ -40,6 +41,8 @@ ARROWS = {
 THIRD_PARTIES = {
     "typer": {"cli"},
     "tqdm": {"cli"},
+    "huggingface_hub": {"hub"},
+    "httpx2": {"hub"},
     "llvmlite": {"numerics"},
     "numba": {"numerics"},
     "numpy": {"numerics", "formats", "checkpoint", "testing"},
@@ -53,14 +56,17 @@ LIGHT_MODULES = [
     *sorted(COMMON),
     *(f"checkpoint.{name}" for name in ("files", "header", "index", "detect", "audit", "reader", "layout")),
     *(f"checkpoint.process_{name}" for name in ("environment", "group", "store")),
+    "hub.location",
     "cli.main",
+    "cli._source",
+    "cli._hub_run",
     "cli.convert",
     "cli.inspect_",
     *(f"budget.{name}" for name in ("layers", "kv_cache", "flops", "baselines", "gpu", "summary")),
     "cli.budget",
     *(f"chat.{name}" for name in ("messages", "turns", "encode", "decode", "tokenizer")),
 ]
-HEAVY = {"numpy", "numba", "torch"}
+HEAVY = {"numpy", "numba", "torch", "huggingface_hub", "httpx2"}
 
 
 def imports_of(path: Path) -> Iterator[str]:

@@ -45,6 +45,12 @@ class CheckpointError(V4QuantError):
     exit_code = 3
 
 
+class HubError(V4QuantError):
+    """The Hub, the network or the account refuses: not found, not permitted, not reachable, or not as it promised."""
+
+    exit_code = 4
+
+
 class OutputError(V4QuantError):
     """The output folder or its disk refuses: exists already, is full, is not writable."""
 

@@ -2,6 +2,7 @@
 
 A program: its arguments are a command line that it runs first, which loads all that is loaded late. Then each line on
 stdin is a JSON job {"argv", "signal", "moment", "stderr"}, and each line on stdout its outcome {"exit", "moments"}.
+"network": true in a job puts moments around every HTTP request as well.
 
 There are three moments for each call that changes the disk, counted from 0 over all threads; -1 lets the run end by
 itself, and "moments" says how many there were. Each job is a fork: a process that SIGKILL ends has no chance to tidy
@@ -40,9 +41,9 @@ class Moments:
         if self.is_now():
             os.kill(os.getpid(), self._signal)
 
-    def watch(self, name: str) -> None:
-        """Put moments before, in the middle of, and after every call of this function of `os`."""
-        original: Callable[..., Any] = getattr(os, name)
+    def watch(self, name: str, owner: Any = os) -> None:
+        """Put moments before, in the middle of, and after every call of this function of `os`, or of a class."""
+        original: Callable[..., Any] = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.strike()
@@ -55,7 +56,7 @@ class Moments:
             self.strike()
             return result
 
-        setattr(os, name, watched)
+        setattr(owner, name, watched)
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +65,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         moments = Moments(job["signal"], job["moment"])
         for name in STRUCK:
             moments.watch(name)
+        if job.get("network"):
+            import httpx2
+
+            moments.watch("send", httpx2.Client)
         return {"exit": main(job["argv"]), "moments": moments.passed}
 
 

@@ -19,13 +19,14 @@ Results go to stdout, everything else to stderr; with `--json` stdout is exactly
 | 1 | a check ran and failed: a mismatch, a rounding not allowed, a verdict `different`, a malformed completion |
 | 2 | usage, or a config.json that v4quant does not support |
 | 3 | bad or missing checkpoint data |
-| 4 | another process of the same job died or cannot be reached |
+| 4 | Hub, network or account; another process of the same job died or cannot be reached |
 | 5 | disk or output folder |
 | 130 | interrupted; the same command continues |
 
 | environment variable | meaning |
 |---|---|
 | `V4QUANT_DEBUG=1` | a traceback instead of a one-line error |
+| `HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE`, `HF_HUB_DISABLE_XET` | as huggingface_hub has them |
 | `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT` | set by torchrun: see [scale-out.md](scale-out.md) |
 """
 

@@ -33,10 +33,11 @@ from v4quant.checkpoint.linked_files import is_link, linkable, make_links, remov
 from v4quant.checkpoint.output import PARTIAL_SUFFIX, require_disk_space, write_file
 from v4quant.checkpoint.plan import DEFAULT_WORKERS, Plan
 from v4quant.checkpoint.process_group import ProcessGroup
-from v4quant.checkpoint.run_folder import forget, is_there, open_run, remove_partial_files, require_apart
+from v4quant.checkpoint.run_folder import forget, holds_work, is_there, open_run, remove_partial_files, require_apart
 from v4quant.checkpoint.shard_writer import Advance, ShardWriter
 from v4quant.checkpoint.shares import share_files
 from v4quant.checkpoint.side_files import write_side_files
+from v4quant.checkpoint.sink import KeptShards, ShardSink
 from v4quant.config import CONFIG_NAME
 from v4quant.errors import CheckpointError, InterruptedRunError, OutputError
 
@@ -84,6 +85,7 @@ def apply(
     overwrite: bool = False,
     progress: Callable[[int], Advance] | None = None,
     group: ProcessGroup | None = None,
+    sink: ShardSink | None = None,
 ) -> ApplyReport:
     """Convert a checkpoint as planned, or continue a run of the same plan that was interrupted.
 
@@ -94,6 +96,7 @@ def apply(
         overwrite: replace a checkpoint, or an unfinished run of another plan, in out.
         progress: told the source bytes that need not be read again; gives what is told bytes and shard from then on.
         group: the processes that call this with the same plan and folder, to share the shards out; one by default.
+        sink: takes finished shards, in a run of one process; by default they stay in out.
 
     Raises:
         CheckFailedError: if a tensor would be rounded and allow_rounding is False.
@@ -102,7 +105,7 @@ def apply(
         InterruptedRunError: at Ctrl-C; what is finished is kept.
         EndedElsewhereError, LostProcessError: if another process has failed or died; what is finished is kept.
     """
-    run = _Run(plan, out, group or ProcessGroup(), allow_rounding=allow_rounding)
+    run = _Run(plan, out, group or ProcessGroup(), sink or KeptShards(plan, out), allow_rounding=allow_rounding)
     try:
         with run.group.ending_together():
             run.open(overwrite=overwrite)
@@ -125,12 +128,13 @@ class _Run:
         links: shards that are links to a source file, by name the file.
     """
 
-    def __init__(self, plan: Plan, out: Path, group: ProcessGroup, *, allow_rounding: bool) -> None:
+    def __init__(self, plan: Plan, out: Path, group: ProcessGroup, sink: ShardSink, *, allow_rounding: bool) -> None:
         self.group = group
         self.finished: set[str] = set()
         self.links: dict[str, str] = {}
         self._plan = plan
         self._out = out
+        self._sink = sink
         self._allow_rounding = allow_rounding
         self._journal: Journal | None = None  # in the first process
 
@@ -167,13 +171,13 @@ class _Run:
 
         def resume(journal: Journal) -> None:
             there = {shard.name for shard in plan.shards if self._is_there(shard)}
-            journal.finished &= there
-            require_disk_space(self._out, plan.disk_bytes - plan.linked_bytes(there | wanted.keys()))
+            journal.finished &= there | {shard.name for shard in plan.shards if self._sink.holds(shard)}
+            require_disk_space(self._out, self._sink.disk_bytes - plan.linked_bytes(there | wanted.keys()))
             if not self._allow_rounding:
                 _require_exact_so_far(plan, journal)
 
         header = JournalHeader(plan.digest, plan.fingerprints())
-        disk_bytes = plan.disk_bytes - plan.linked_bytes(wanted)
+        disk_bytes = self._sink.disk_bytes - plan.linked_bytes(wanted)
         self._journal = open_run(self._out, header, disk_bytes, overwrite=overwrite, resume=resume)
         self.finished = set(self._journal.finished)
         remove_partial_files(self._out)
@@ -214,6 +218,9 @@ class _Run:
         left = {name: sum(operation.bytes_read for operation in plan.operations[name]) for name in todo}
         costs = {name: left[name] + (0 if name in self.links else shard.file_bytes) for name, shard in todo.items()}
         shares = share_files(costs, self.group.size)
+        if self._journal is not None:
+            self._sink.begin(self.finished)
+            self._hand_over(self._journal)
         keeper = JournalKeeper(self._journal, self.group, shares) if self._journal else None
         writer = ShardWriter(
             plan,
@@ -223,10 +230,22 @@ class _Run:
             links=self.links,
             token=self.group.token,
             advance=self.group.progress(progress(plan.bytes_read - sum(left.values())) if progress else _ignore),
-            note=keeper.note if keeper else functools.partial(send_records, self.group),
+            note=functools.partial(self._note, keeper) if keeper else functools.partial(send_records, self.group),
+            stopped=self._sink.stop,
         )
         with keeper.collecting(writer.stop) if keeper else contextlib.nullcontext():
             writer.write(todo[name] for name in shares[self.group.rank])
+
+    def _hand_over(self, journal: Journal) -> None:
+        """Give the sink what a run before this one has finished and was killed before it gave it."""
+        for shard in self._plan.shards:
+            if shard.name in self.finished and not self._sink.holds(shard):
+                self._sink.take(shard, [r for r in journal.records() if r.tensor in shard.entries])
+
+    def _note(self, keeper: JournalKeeper, name: str, records: list[TensorRecord]) -> None:
+        """Note a finished shard, and give it to the sink."""
+        keeper.note(name, records)
+        self._sink.take(next(shard for shard in self._plan.shards if shard.name == name), records)
 
     def complete(self) -> ApplyReport:
         """Write side files, certificate, index and config, in this order, and forget the journal."""
@@ -239,6 +258,7 @@ class _Run:
         remove_partial_files(self._out)
         write_file(self._out / INDEX_NAME, [plan.index_bytes])
         write_file(self._out / CONFIG_NAME, [plan.config_bytes])
+        self._sink.complete()
         self._journal.remove()
         linked = sum(is_link(files, source, self._out / name) for name, source in plan.unchanged_files.items())
         report = ApplyReport(verdicts, worst, certificate, len(self.finished), linked)
@@ -252,7 +272,7 @@ class _Run:
         remove_partial_files(self._out)
         if not self._journal.finished:
             remove_links(self._plan.source.files, self._out, self.links)
-        if self._journal.finished or any(self._out.glob("*.safetensors")):
+        if self._journal.finished or holds_work(self._out):
             self._journal.close()
         else:
             forget(self._journal, self._out)

@@ -220,7 +220,7 @@ def _require_folder(folder: Path) -> None:
     if not folder.exists():
         raise CheckpointError(
             f"{folder}: no such folder, expected a checkpoint",
-            hint="Check the path. Repositories on the Hub must be downloaded first.",
+            hint="Check the path. A repository on the Hub is REPO_ID (owner/name) or hf://REPO_ID@REVISION.",
         )
     if not folder.is_dir():
         raise CheckpointError(

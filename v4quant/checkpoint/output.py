@@ -14,7 +14,7 @@ import numpy as np
 
 from v4quant.checkpoint.direct import DirectFile
 from v4quant.checkpoint.index import INDEX_NAME
-from v4quant.checkpoint.reader import SHARDS_NAME
+from v4quant.checkpoint.reader import SHARDS_NAME, SOURCE_NAME
 from v4quant.config import CONFIG_NAME, INFERENCE_CONFIG_NAME
 from v4quant.errors import OutputError
 
@@ -221,7 +221,7 @@ def make_room(out: Path, needed_bytes: int, keep: str = "") -> None:
                 hint="Remove the link, or choose another output folder.",
             )
         # inference/config.json says how experts are stored, so an old one would lie about the new.
-        names = (CONFIG_NAME, INDEX_NAME, INFERENCE_CONFIG_NAME, SHARDS_NAME)
+        names = (CONFIG_NAME, INDEX_NAME, INFERENCE_CONFIG_NAME, SHARDS_NAME, SOURCE_NAME)
         ranks = sorted(path for path in out.glob(RANK_FOLDERS) if path.is_dir())
         old = [path for folder in (out, *ranks) for name in names if (path := folder / name).exists()]
         for pattern in ("*.safetensors", f"*{PARTIAL_SUFFIX}", "v4quant.*.jsonl"):

@@ -132,8 +132,9 @@ class Plan:
 
     @property
     def folders(self) -> list[str]:
-        """The folders that are read."""
-        return [checkpoint.where for checkpoint in (self.source, self.like) if checkpoint is not None]
+        """The local folders that are read."""
+        checkpoints = [own for own in (self.source, self.like) if own is not None]
+        return [own.where for own in checkpoints if not own.where.startswith("hf://")]
 
     def fingerprints(self) -> dict[str, str]:
         """What every file that is read looks like; those of the original, under --like, with its folder before them."""

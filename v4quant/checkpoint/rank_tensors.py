@@ -50,7 +50,7 @@ class RankTensors:
         return self.run
 
     def require_sound(self) -> None:
-        """Nothing to do: `open_stored` opens nothing that is not sound."""
+        """Nothing to do: what has problems is not opened."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,12 @@ class Sharded:
         return self.run
 
 
-def open_stored(folder: Path) -> Checkpoint | Sharded:
-    """Open a sound checkpoint, whole, or sharded by `v4quant shard`; no tensor data is read.
+def as_stored(checkpoint: Checkpoint) -> Checkpoint | Sharded:
+    """A sound checkpoint as it lies on disk: whole, or in ranks.
 
     Raises:
-        CheckpointError: if it is none, has problems, or is not whole.
-        UsageError: if its config is not that of a supported V4 model.
+        CheckpointError: if it has problems, or a rank lacks a part.
     """
-    checkpoint = open_checkpoint(folder)
     checkpoint.require_sound()
     files = checkpoint.files
     return _sharded(checkpoint, files.folder) if isinstance(files, WholeFiles) else checkpoint
@@ -115,9 +113,10 @@ def open_ranks(folder: Path) -> Sharded:
     """Open a folder that `v4quant shard` wrote.
 
     Raises:
-        CheckpointError: if it is none, or as open_stored.
+        CheckpointError: if it is none, is not whole, or has problems.
+        UsageError: if its config is not that of a supported V4 model.
     """
-    found = open_stored(folder)
+    found = as_stored(open_checkpoint(folder))
     if not isinstance(found, Sharded):
         raise CheckpointError(f"{folder}: has no {SHARDS_NAME}, expected a folder that v4quant shard wrote")
     return found

@@ -21,6 +21,8 @@ from v4quant.names import TensorName, parse_name
 
 JOURNAL_NAME = "v4quant.journal.jsonl"  # of an unfinished run, see journal.py
 SHARDS_NAME = "v4quant.shards.json"  # of a folder that `v4quant shard` wrote, and of its ranks, see tp_record.py
+SOURCE_NAME = "v4quant.source.json"  # where the source of a conversion was, see hub/origin.py
+UPLOADS_NAME = "v4quant.uploads.jsonl"  # shards that lie on the Hub and no longer here, see hub/uploads.py
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TENSOR_PARALLEL_FILE = re.compile(r"model\d+-mp\d+\.safetensors")
 _SHOWN_PROBLEMS = 10

@@ -14,6 +14,8 @@ from v4quant.checkpoint.output import PARTIAL_SUFFIX, RANK_FOLDERS, disk_errors,
 from v4quant.checkpoint.reader import JOURNAL_NAME
 from v4quant.errors import OutputError
 
+STATE_FOLDER = ".v4quant"  # hidden: what a run keeps for the next one beside its journal
+
 
 def open_run(
     out: Path, header: JournalHeader, disk_bytes: int, *, overwrite: bool, resume: Callable[[Journal], None]
@@ -62,6 +64,12 @@ def forget(journal: Journal, out: Path) -> None:
     for folder in (*out.glob(RANK_FOLDERS), out):
         with contextlib.suppress(OSError):  # it holds something
             folder.rmdir()
+
+
+def holds_work(out: Path) -> bool:
+    """True if an output folder holds something of an unfinished run that the next one can use."""
+    notes = (path for path in out.glob("v4quant.*") if path.name != JOURNAL_NAME)
+    return any(out.glob("*.safetensors")) or any(notes) or (out / STATE_FOLDER).is_dir()
 
 
 def require_apart(out: Path, folders: Iterable[str]) -> None:

@@ -39,6 +39,7 @@ class ShardWriter:
         token: str,
         advance: Advance,
         note: Callable[[str, list[TensorRecord]], None],
+        stopped: Callable[[], None],
     ) -> None:
         """Prepare.
 
@@ -51,6 +52,7 @@ class ShardWriter:
             token: makes the names of partial files this run's own, where several processes write into the folder.
             advance: told source bytes and shard, from any thread.
             note: told of each shard that is finished, one at a time, from a thread of its own.
+            stopped: called when the run ends early, before the threads are waited for.
         """
         self._plan = plan
         self._out = out
@@ -60,6 +62,7 @@ class ShardWriter:
         self._partial_suffix = f".{token}{PARTIAL_SUFFIX}" if token else PARTIAL_SUFFIX
         self._advance = advance
         self._note = note
+        self._stopped = stopped
         self.stop = threading.Event()
         self._of_thread = threading.local()
         self._syncing: Future[None] | None = None
@@ -86,6 +89,7 @@ class ShardWriter:
                     self._syncing.result()
             except BaseException:
                 self.stop.set()
+                self._stopped()
                 for open_shard in started:
                     open_shard.abandon()
                 raise

@@ -13,20 +13,33 @@ from v4quant import strict_json
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.output import write_file
-from v4quant.checkpoint.reader import JOURNAL_NAME, PICKLE_SUFFIXES, SHARDS_NAME, Checkpoint
+from v4quant.checkpoint.reader import (
+    JOURNAL_NAME,
+    PICKLE_SUFFIXES,
+    SHARDS_NAME,
+    SOURCE_NAME,
+    UPLOADS_NAME,
+    Checkpoint,
+)
 from v4quant.config import CONFIG_NAME, INFERENCE_CONFIG_NAME, MAX_CONFIG_BYTES
 from v4quant.errors import CheckpointError
 from v4quant.formats import Format
 
 # Made anew for every output.
-_OWN_FILES = {CONFIG_NAME, INDEX_NAME, CERTIFICATE_NAME, JOURNAL_NAME, SHARDS_NAME}
+_OWN_FILES = {CONFIG_NAME, INDEX_NAME, CERTIFICATE_NAME, JOURNAL_NAME, SHARDS_NAME, SOURCE_NAME, UPLOADS_NAME}
+# Certificates, reports and notes: what v4quant says of one checkpoint is not true of another.
+_OWN_PREFIX = "v4quant."
 _WEIGHT_SUFFIXES = {".safetensors", ".partial", ".gguf", ".h5", ".msgpack", *PICKLE_SUFFIXES}
 _COPY_BYTES = 4 * 2**20
 
 
 def side_files(source: Checkpoint) -> list[str]:
     """Names of the files that travel with a conversion, sorted."""
-    return [name for name in source.files.names() if name not in _OWN_FILES and not _holds_weights(name)]
+    return [
+        name
+        for name in source.files.names()
+        if name not in _OWN_FILES and not name.startswith(_OWN_PREFIX) and not _holds_weights(name)
+    ]
 
 
 def kept_files(source: Checkpoint) -> list[str]:

@@ -9,6 +9,12 @@ import typer
 from v4quant.errors import UsageError
 
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint folder.", show_default=False)]
+AnySource = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC", help="Checkpoint folder, REPO_ID on the Hub, or hf://REPO_ID@REVISION.", show_default=False
+    ),
+]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; made if missing.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]

@@ -11,7 +11,9 @@ import typer
 from v4quant.cli._files import read_file
 from v4quant.cli._options import JsonMode
 from v4quant.cli._output import Output, decimal_bytes, plural
+from v4quant.cli._source import open_source
 from v4quant.errors import CheckpointError, OutputError, UsageError
+from v4quant.hub.location import parse_location
 
 if TYPE_CHECKING:
     from v4quant.config import V4Config
@@ -28,8 +30,12 @@ _WAYS = {
 
 def budget(
     src: Annotated[
-        Path,
-        typer.Argument(metavar="SRC", help="Checkpoint folder, or a config.json or its folder.", show_default=False),
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Checkpoint folder, a config.json or its folder, REPO_ID on the Hub, or hf://REPO_ID@REVISION.",
+            show_default=False,
+        ),
     ],
     context: Annotated[
         str | None, typer.Option(metavar="N", help="Tokens of a sequence: 4096, 128K, 1M. [all the model takes]")
@@ -49,6 +55,7 @@ def budget(
 
     \b
     v4quant budget DeepSeek-V4-Pro
+    v4quant budget hf://deepseek-ai/DeepSeek-V4-Pro@main
     v4quant budget DeepSeek-V4-Flash/config.json --context 128K --batch 32
     v4quant budget DeepSeek-V4-Flash --gpu h200 --gpus 8 --plot flash.png
     """
@@ -87,12 +94,17 @@ def parse_tokens(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
-def _read(src: Path) -> "tuple[V4Config, Scheme]":
+def _read(source: str) -> "tuple[V4Config, Scheme]":
     """The model and how it is stored: from headers where there are weights, else what config.json says."""
     from v4quant.checkpoint.files import Files
     from v4quant.checkpoint.reader import open_checkpoint
     from v4quant.config import CONFIG_NAME, MAX_CONFIG_BYTES
 
+    if parse_location(source) is not None:
+        remote = open_source(source)
+        remote.require_sound()
+        return remote.config, remote.scheme
+    src = Path(source)
     if src.suffix == ".json" and not os.path.isdir(src):  # noqa: PTH112  Path.is_dir fails on names that are too long
         return _declared(read_file(src, MAX_CONFIG_BYTES, "a config.json", CheckpointError), str(src))
     files = Files(src)

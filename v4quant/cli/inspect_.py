@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from v4quant.cli._options import JsonMode, Source
+from v4quant.cli._options import AnySource, JsonMode
 from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.errors import CheckpointError
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    src: Source,
+    src: AnySource,
     json_mode: JsonMode = False,
 ) -> None:
     """Tell format and release from what is stored, and list every problem; reads headers only.
@@ -21,12 +21,14 @@ def inspect(
     \b
     v4quant inspect DeepSeek-V4-Flash
     v4quant inspect DeepSeek-V4-Flash --json
+    v4quant inspect hf://deepseek-ai/DeepSeek-V4-Flash@main
     """
-    from v4quant.checkpoint.reader import open_checkpoint
+    from v4quant.cli._source import open_source, remote_facts
 
     output = Output(json_mode)
-    checkpoint = open_checkpoint(src)
+    checkpoint = open_source(src)
     census = _Census(checkpoint)
+    where = remote_facts(output, checkpoint)
     output.result(
         {
             "format": checkpoint.scheme.name,
@@ -38,6 +40,7 @@ def inspect(
             "by_role": census.by_role,
             "problems": [str(problem) for problem in checkpoint.problems],
         }
+        | where
     )
     _print_summary(output, checkpoint, census)
     if checkpoint.problems:

@@ -17,11 +17,13 @@ from v4quant.cli import (
     convert,
     decode,
     demo,
+    download,
     encode,
     generate,
     inspect_,
     merge,
     parity,
+    push,
     reference,
     selftest,
     shard,
@@ -40,8 +42,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _COMMANDS = (
-    *(inspect_.inspect, budget.budget, synth.synth, convert.convert, verify.verify),
-    *(shard.shard, merge.merge, reference.reference, parity.parity, selftest.selftest),
+    *(inspect_.inspect, budget.budget, download.download, synth.synth, convert.convert, verify.verify),
+    *(shard.shard, merge.merge, reference.reference, parity.parity, push.push, selftest.selftest),
     *(encode.encode, decode.decode, generate.generate, demo.demo),
 )
 for command in _COMMANDS:

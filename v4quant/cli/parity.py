@@ -14,6 +14,7 @@ from v4quant.cli._options import JsonMode
 from v4quant.cli._output import Output, decimal_bytes, is_finite, plural
 from v4quant.cli._progress import layer_progress
 from v4quant.cli._ranks import device_of, processes_of
+from v4quant.cli._source import lies_in, open_source
 from v4quant.cli._token_source import TokenSource
 from v4quant.errors import CheckFailedError, OutputError, UsageError
 
@@ -28,9 +29,9 @@ _SHOWN_TENSORS = 5
 
 
 def parity(
-    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="Checkpoint in question.", show_default=False)],
+    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="Checkpoint in question.", show_default=False)],
     against: Annotated[
-        Path | None, typer.Option(metavar="REFERENCE", help="Checkpoint to compare with.", show_default=False)
+        str | None, typer.Option(metavar="REFERENCE", help="Checkpoint to compare with.", show_default=False)
     ] = None,
     reference_outputs: Annotated[
         Path | None,
@@ -97,7 +98,7 @@ def parity(
     """
     # torch loads here, so that `v4quant --help` need not wait for it.
     from v4quant.checkpoint.process_group import ProcessGroup
-    from v4quant.checkpoint.rank_tensors import Sharded, open_stored
+    from v4quant.checkpoint.rank_tensors import Sharded, as_stored
     from v4quant.model.ranked import serve_rank
 
     with ProcessGroup.from_environment() as group, group.ending_together():
@@ -105,7 +106,7 @@ def parity(
             raise UsageError(f"--max-kl is {max_kl}, expected a number")
         _require_one_reference(against, reference_outputs)
         place = device_of(device, group)
-        stored = open_stored(candidate)
+        stored = as_stored(open_source(candidate))
         with processes_of(stored, group, place) as processes:
             if processes is not None and not group.is_first:
                 assert isinstance(stored, Sharded)
@@ -126,8 +127,8 @@ def parity(
 def _compare(
     task: "Task",
     answer_tokens: int,
-    candidate: Path,
-    against: Path | None,
+    candidate: str,
+    against: str | None,
     max_kl: float | None,
     min_top1: float | None,
     report: Path | None,
@@ -160,7 +161,7 @@ def _compare(
     return result
 
 
-def _require_one_reference(against: Path | None, reference_outputs: Path | None) -> None:
+def _require_one_reference(against: str | None, reference_outputs: Path | None) -> None:
     """Refuse both, or none, of what a candidate can be compared with.
 
     Raises:
@@ -177,7 +178,7 @@ def _require_one_reference(against: Path | None, reference_outputs: Path | None)
 
 def _task(
     candidate: "Checkpoint | Sharded",
-    against: Path | None,
+    against: str | None,
     reference_outputs: Path | None,
     source: TokenSource,
     index_topk: int | None,
@@ -185,7 +186,6 @@ def _task(
     device: "Device",
 ) -> "Task":
     """Open what the candidate is compared with, and read or build the tokens."""
-    from v4quant.checkpoint.reader import open_checkpoint
     from v4quant.model.arithmetic import Activations
     from v4quant.parity.compare import Task
     from v4quant.parity.stored import StoredOutputs
@@ -193,7 +193,7 @@ def _task(
     if arithmetic not in (Activations.RELEASE, Activations.STORED):
         raise UsageError(f"--arithmetic is {arithmetic!r}, expected release or stored")
     if against is not None:
-        reference: Checkpoint | StoredOutputs = open_checkpoint(against)
+        reference: Checkpoint | StoredOutputs = open_source(against)
     else:
         assert reference_outputs is not None
         reference = StoredOutputs(reference_outputs, candidate.config)
@@ -201,14 +201,14 @@ def _task(
     return Task(candidate, reference, prompts, Activations(arithmetic), device, index_topk)
 
 
-def _prepare_report_folder(report: Path, checkpoints: list[Path], overwrite: bool) -> None:
+def _prepare_report_folder(report: Path, sources: list[str], overwrite: bool) -> None:
     """Make the place for the report, or refuse it, before hours of work; an earlier one goes, lest it be taken for new.
 
     Raises:
         UsageError: if it lies in a checkpoint.
         OutputError: if it is a file, or holds something that is no report or shall not be replaced.
     """
-    if any(report.resolve().is_relative_to(folder.resolve()) for folder in checkpoints):
+    if any(lies_in(report, source) for source in sources):
         raise UsageError(f"{report}: lies in a checkpoint that is compared", hint="Choose a folder outside of it.")
     if report.exists() and not report.is_dir():
         raise OutputError(f"{report}: is a file, expected a folder to write")

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from v4quant.cli._memory import peak_memory_bytes
-from v4quant.cli._options import JsonMode, Overwrite, Source
+from v4quant.cli._options import AnySource, JsonMode, Overwrite
 from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.cli._progress import layer_progress
 from v4quant.cli._ranks import device_of, processes_of
+from v4quant.cli._source import lies_in, open_source
 from v4quant.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def reference(
-    src: Source,
+    src: AnySource,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, *.safetensors.", show_default=False)],
     tokens: Annotated[
         Path, typer.Option(metavar="FILE", help="safetensors with input_ids I64 [T].", show_default=False)
@@ -54,12 +55,12 @@ def reference(
     """
     # torch loads here, so that `v4quant --help` need not wait for it.
     from v4quant.checkpoint.process_group import ProcessGroup
-    from v4quant.checkpoint.rank_tensors import Sharded, open_stored
+    from v4quant.checkpoint.rank_tensors import Sharded, as_stored
     from v4quant.model.ranked import serve_rank
 
     with ProcessGroup.from_environment() as group, group.ending_together():
         place = device_of(device, group)
-        checkpoint = open_stored(src)
+        checkpoint = as_stored(open_source(src))
         with processes_of(checkpoint, group, place) as processes:
             if processes is not None and not group.is_first:
                 assert isinstance(checkpoint, Sharded)
@@ -87,7 +88,7 @@ class _Run:
 
 def _write(
     run: _Run,
-    src: Path,
+    src: str,
     out: Path,
     tokens: Path,
     prefill: int | None,
@@ -155,12 +156,12 @@ def _arithmetic(activations: str, device: str) -> "Arithmetic":
     return Arithmetic(Activations(activations), Products.DECODED if device == "cpu" else Products.CODED)
 
 
-def _require_free_file(out: Path, src: Path, tokens: Path, overwrite: bool) -> None:
+def _require_free_file(out: Path, src: str, tokens: Path, overwrite: bool) -> None:
     if out.suffix != ".safetensors":
         raise UsageError(
             f"{out}: expected a file name that ends in .safetensors", hint=f"For example: {out}.safetensors"
         )
-    if out.resolve().is_relative_to(src.resolve()):
+    if lies_in(out, src):
         raise UsageError(f"{out}: lies in the checkpoint that is read", hint="Choose a file outside of it.")
     if out.is_dir():
         raise OutputError(f"{out}: is a folder, expected a file to write")

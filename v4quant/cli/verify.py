@@ -9,7 +9,9 @@ import typer
 from v4quant.cli._options import JsonMode, MaxWorkers
 from v4quant.cli._output import Output, plural
 from v4quant.cli._progress import byte_progress
+from v4quant.cli._source import open_source
 from v4quant.errors import CheckFailedError
+from v4quant.hub.location import parse_location
 
 if TYPE_CHECKING:
     from v4quant.checkpoint.process_group import ProcessGroup
@@ -19,9 +21,11 @@ _SHOWN_MISMATCHES = 10
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint folder to verify.", show_default=False)],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="Checkpoint folder to verify, or a repository.", show_default=False)
+    ],
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="SRC", help="Compare every value with this checkpoint; OUT may lack a certificate then."),
     ] = None,
     max_workers: MaxWorkers = 4,
@@ -34,6 +38,7 @@ def verify(
     \b
     v4quant verify flash-fp8
     v4quant verify flash-fp8 --against DeepSeek-V4-Flash
+    v4quant verify me/flash-fp8 --against hf://deepseek-ai/DeepSeek-V4-Flash@main
     torchrun --nproc-per-node 4 -m v4quant verify flash-fp8 --against DeepSeek-V4-Flash
     """
     from v4quant.checkpoint.process_group import ProcessGroup
@@ -60,7 +65,7 @@ def verify(
         group.barrier()
 
 
-def _verify(out: Path, against: Path | None, workers: int, group: "ProcessGroup") -> tuple[int, "VerifyReport", str]:
+def _verify(out: str, against: str | None, workers: int, group: "ProcessGroup") -> tuple[int, "VerifyReport", str]:
     """Verify whatever OUT is.
 
     Returns:
@@ -69,20 +74,20 @@ def _verify(out: Path, against: Path | None, workers: int, group: "ProcessGroup"
     # These load torch, which `v4quant --help` need not wait for.
     from v4quant.checkpoint.certificate import CERTIFICATE_NAME
     from v4quant.checkpoint.files import Files
-    from v4quant.checkpoint.reader import open_checkpoint, open_source
+    from v4quant.checkpoint.reader import open_source as open_files
     from v4quant.checkpoint.tp_verify import is_rank_folder, verify_sharded
     from v4quant.checkpoint.tp_whole import WholeFiles
     from v4quant.checkpoint.verify import verify_against, verify_hashes
     from v4quant.checkpoint.verify_report import VerifyReport
 
-    files, silent = Files(out), not group.is_first
-    if is_rank_folder(files) and against is None:
-        part = open_source(files, is_part=True)
+    silent = not group.is_first
+    if against is None and parse_location(out) is None and is_rank_folder(files := Files(Path(out))):
+        part = open_files(files, is_part=True)
         with byte_progress(part.bytes, "verify", silent=silent) as advance:
             report = verify_hashes(part, workers=workers, progress=advance, group=group)
             return len(part.tensors), report, "certificate"
-    checkpoint = open_checkpoint(out)
-    source = open_checkpoint(against) if against else None
+    checkpoint = open_source(out)
+    source = open_source(against) if against else None
     what = f"values of {against}" if against else "certificate"
     passes = 2 if source and CERTIFICATE_NAME in checkpoint.files else 1
     if isinstance(checkpoint.files, WholeFiles):

@@ -91,6 +91,14 @@ def to_svg(draw: Callable[[Mapping[str, Any]], Figure], result: Mapping[str, Any
     return Html(opening + text[text.index(">") + 1 :].strip())
 
 
+def to_png(draw: Callable[[Mapping[str, Any]], Figure], result: Mapping[str, Any]) -> bytes:
+    """Draw a plot of the result in the common style, as a picture for where no SVG is shown."""
+    file = io.BytesIO()
+    with matplotlib.style.context(["default", _STYLE]):
+        draw(result).savefig(file, format="png", dpi=120, facecolor=PAPER, metadata={"Software": None})
+    return file.getvalue()
+
+
 def drawable(text: object) -> str:
     """Foreign text for a plot: short, and in characters that every font has."""
     plain = visible(str(text)).encode("ascii", "backslashreplace").decode()
