@@ -131,6 +131,14 @@ def test_answers_that_are_not_written(folder: Path, capsys: Capture, monkeypatch
     assert "greedy answers: skipped, as the reference takes " in said and "is a pass over all layers" in said
 
 
+def test_a_sharded_candidate(folder: Path, capsys: Capture) -> None:
+    assert main(["shard", str(folder / "native"), str(folder / "tp2"), "--tp", "2"]) == 0
+    capsys.readouterr()
+    assert main(command(folder, candidate="tp2", talks="short")) == 0
+    said = capsys.readouterr().out
+    assert "greedy answers: skipped, as the candidate is no whole checkpoint, which writing answers takes" in said
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
