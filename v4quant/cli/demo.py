@@ -2,6 +2,7 @@
 
 import filecmp
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,10 +13,12 @@ from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.errors import CheckFailedError, OutputError
 
 if TYPE_CHECKING:
+    from v4quant.checkpoint.rank_tensors import Sharded
+    from v4quant.checkpoint.reader import Checkpoint
     from v4quant.checkpoint.verify_report import VerifyReport
 
 _MARKER = "v4quant.demo"
-_FOLDERS = ("native", "fp8", "bf16", "native-again", "damaged", "report")
+_FOLDERS = ("native", "fp8", "bf16", "native-again", "damaged", "ranks", "merged", "report")
 
 
 def demo(
@@ -25,7 +28,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in OUT.")] = False,
     json_mode: JsonMode = False,
 ) -> None:
-    """Make a tiny checkpoint, convert it, prove the results, run both, and show that a single flipped bit is found.
+    """Make a tiny checkpoint, convert, shard and merge it, prove the results, run them; a single flipped bit is found.
 
     \b
     v4quant demo
@@ -40,6 +43,8 @@ def demo(
     run.convert("bf16")
     run.return_to_native()
     run.find_a_flipped_bit()
+    run.shard_and_merge()
+    run.parity_of_ranks()
     run.parity()
     output.result({"ok": run.ok, "steps": run.steps, "folder": str(out), "report": str(run.report)})
     if not run.ok:
@@ -120,11 +125,27 @@ class _Demo:
     def return_to_native(self) -> None:
         """Go back from bf16, with the original's scales, and compare the files byte for byte."""
         self._convert("bf16", "native", self._out / "native-again", like=self._out / "native")
-        original, again = self._out / "native", self._out / "native-again"
-        names = sorted(path.name for path in original.glob("*.*"))
-        _, differing, missing = filecmp.cmpfiles(original, again, names, shallow=False)
+        self._compare_files("bf16 back to native", "native-again", "the way back is byte-identical")
+
+    def shard_and_merge(self) -> None:
+        """Cut into two tensor-parallel ranks, put them together again, and compare the files byte for byte."""
+        from v4quant.checkpoint.grid import Grid
+        from v4quant.checkpoint.merge import MergePlan, apply_merge
+        from v4quant.checkpoint.reader import open_checkpoint
+        from v4quant.checkpoint.shard import apply_shard, plan_shard
+        from v4quant.checkpoint.tp_folder import open_sharded
+
+        apply_shard(plan_shard(open_checkpoint(self._out / "native"), Grid(2)), self._out / "ranks")
+        apply_merge(MergePlan(open_sharded(self._out / "ranks")), self._out / "merged")
+        self._compare_files("shard in two, merge", "merged", "two ranks give back every byte")
+
+    def _compare_files(self, step: str, again: str, proved: str) -> None:
+        """Every file of the original must be in another folder, byte for byte."""
+        original = self._out / "native"
+        names = sorted(path.relative_to(original).as_posix() for path in original.rglob("*") if path.is_file())
+        _, differing, missing = filecmp.cmpfiles(original, self._out / again, names, shallow=False)
         text = f"{plural(len(names), 'file')} of the original, {len(differing) + len(missing)} of them different"
-        self._note("bf16 back to native", not differing and not missing, text, "the way back is byte-identical")
+        self._note(step, not differing and not missing, text, proved)
 
     def find_a_flipped_bit(self) -> None:
         """Damage one bit of a weight in a copy; verify must name the tensor."""
@@ -143,26 +164,33 @@ class _Demo:
     def parity(self) -> None:
         """Run the converted checkpoint beside the original, and write the report."""
         from v4quant.checkpoint.reader import open_checkpoint
+        from v4quant.parity.report import write_report
+
+        result = self._compare(open_checkpoint(self._out / "fp8"))
+        self.report = write_report(result, self._out / "report")
+        is_same = result["verdict"] == "identical"
+        self._note("run both, parity", is_same, _found(result), "fp8 computes the same logits, bit by bit")
+
+    def parity_of_ranks(self) -> None:
+        """Run the two ranks beside the original, each on what it holds."""
+        from v4quant.checkpoint.rank_tensors import open_ranks
+
+        result = self._compare(open_ranks(self._out / "ranks"))
+        ok = result["verdict"] in ("identical", "indistinguishable")
+        self._note("run two ranks, parity", ok, _found(result), "two ranks together compute what one computes")
+
+    def _compare(self, candidate: "Checkpoint | Sharded") -> dict[str, Any]:
+        from v4quant.checkpoint.reader import open_checkpoint
         from v4quant.cli._memory import peak_memory_bytes
         from v4quant.parity.compare import Task, compare
         from v4quant.parity.prompts import built_prompts
-        from v4quant.parity.report import write_report
         from v4quant.parity.result import to_json
 
         original = open_checkpoint(self._out / "native")
-        prompts = built_prompts(original.config, None, None)
-        task = Task(open_checkpoint(self._out / "fp8"), original, prompts)
-        comparison = compare(task)
-        result = to_json(task, comparison, [])
+        task = Task(candidate, original, built_prompts(original.config, None, None))
+        result = to_json(task, compare(task), [])
         result["evidence"]["peak_memory_bytes"] = peak_memory_bytes()
-        self.report = write_report(result, self._out / "report")
-        text = (
-            f"{result['verdict']} logits on {comparison.outcome.tokens:,} tokens, noise floor KL "
-            f"{result['noise_floor']['kl_mean']:.2g}"
-        )
-        self._note(
-            "run both, parity", result["verdict"] == "identical", text, "fp8 computes the same logits, bit by bit"
-        )
+        return result
 
     def _convert(self, source: str, target: str, out: Path, like: Path | None = None) -> dict[str, int]:
         from v4quant.checkpoint.apply import apply
@@ -181,3 +209,12 @@ class _Demo:
 
         checkpoint, original = open_checkpoint(self._out / name), open_checkpoint(self._out / source)
         return verify_values(checkpoint, original)
+
+
+def _found(result: Mapping[str, Any]) -> str:
+    """A comparison in a line."""
+    tokens, floor = result["coverage"]["tokens"], result["noise_floor"]["kl_mean"]
+    return (
+        f"{result['verdict']} logits on {tokens:,} tokens, mean KL {result['kl_mean']:.2g} where the original is "
+        f"{floor:.2g} from itself"
+    )
