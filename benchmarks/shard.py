@@ -1,13 +1,14 @@
 """How long do `v4quant shard` and `merge` take against `cp` of the bytes that they write, and in how much memory?
 
-The source is a synthetic checkpoint with one full-size Flash layer (and embedding, head and MTP block: 9.3 GB). A round
-times, on the same disk and from Python's start to its exit, `shard`, `merge` of what it wrote, and `cp -r` of both
-outputs; files and folders are fsynced within the timed part. Every other round copies first. That the merged files are
-the source's is checked in each round.
+The source is a synthetic checkpoint with two full-size Flash layers (and embedding, head and MTP block: 12.9 GB), cut
+into every number of ranks that Flash allows, with FP8 experts, and into folders of a grid. A round times, on the same
+disk and from Python's start to its exit, `shard`, `merge` of what it wrote, and `cp -r` of both outputs; files and
+folders are fsynced within the timed part. Every other round copies first. That the merged files are the source's is
+checked in each round.
 
-    python benchmarks/shard.py [--layers N] [--rounds N] [--tp N] [--folder DIR] [--tiny]
+    python benchmarks/shard.py [--layers N] [--rounds N] [--folder DIR] [--tiny]
 
-writes benchmarks/results/shard.csv; it needs room for five times the source, 50 GB for one layer.
+writes benchmarks/results/shard.csv; it needs room for five times the source, 65 GB for two layers.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from _child import Child, v4quant
 from _results import environment, write_csv
 from convert import require_space, settle, timed, write_source
 
-# What is measured: command and options.
-JOBS = {"shard": [], "shard --experts fp8": ["--experts", "fp8"]}
+# What is measured, by the options of shard.
+JOBS = ["--tp 2", "--tp 4", "--tp 8", "--tp 8 --experts fp8", "--tp 2 --ep 4"]
+TINY_JOBS = ["--tp 2", "--tp 2 --experts fp8", "--tp 1 --ep 2"]
 
 
 @dataclass
@@ -98,11 +100,11 @@ def require_same(source: Path, merged: Path) -> None:
         sys.exit(f"merged files differ: {differing + missing}")
 
 
-def measure(folder: Path, source: Path, ranks: int, name: str, rounds: int) -> list[Measured]:
+def measure(folder: Path, source: Path, options: str, rounds: int) -> list[Measured]:
     """Run all rounds of one way to shard, and of the way back."""
     sharded, merged = folder / "sharded", folder / "merged"
-    there, back = Measured(name), Measured(f"merge of {name}")
-    command = ["shard", source, sharded, "--tp", ranks, *JOBS[name]]
+    there, back = Measured(f"shard {options}"), Measured(f"merge of {options}")
+    command = ["shard", source, sharded, *options.split()]
     require_space(folder, 2 * json.loads(v4quant(*command, "--dry-run", "--json").stdout)["disk_bytes"])
     for number in range(rounds):
         run_side(there, sharded, command, copy_first=number % 2 == 1)
@@ -116,23 +118,21 @@ def measure(folder: Path, source: Path, ranks: int, name: str, rounds: int) -> l
 def main() -> None:
     """Measure, print a table, write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=1, help="layers of the checkpoint")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the checkpoint")
     parser.add_argument("--rounds", type=int, default=3, help="rounds to take medians over")
-    parser.add_argument("--tp", type=int, default=8, help="ranks")
     parser.add_argument("--folder", type=Path, help="folder on the disk to measure; default: the temporary one")
     parser.add_argument("--tiny", action="store_true", help="small dimensions and two ranks, to try it out; no CSV")
     arguments = parser.parse_args()
-    ranks = 2 if arguments.tiny else arguments.tp
     results: list[Measured] = []
     with tempfile.TemporaryDirectory(prefix="v4quant-benchmark-", dir=arguments.folder) as name:
         folder = Path(name)
-        for job in JOBS:  # whatever numba has not compiled on this machine before it compiles here
-            measure(folder, write_source(folder, 1, tiny=True), 2, job, 1)
+        for job in TINY_JOBS:  # whatever numba has not compiled on this machine before it compiles here
+            measure(folder, write_source(folder, 1, tiny=True), job, 1)
         dropped = settle()
         print("dirty pages written back before each timed part, page cache " + ("dropped" if dropped else "kept"))
         source = write_source(folder, arguments.layers, tiny=arguments.tiny)
-        for job in JOBS:
-            for measured in measure(folder, source, ranks, job, arguments.rounds):
+        for job in TINY_JOBS if arguments.tiny else JOBS:
+            for measured in measure(folder, source, job, arguments.rounds):
                 print(measured.describe(), flush=True)
                 results.append(measured)
     if not arguments.tiny:
