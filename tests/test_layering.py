@@ -64,7 +64,7 @@ LIGHT_MODULES = [
     "cli.inspect_",
     *(f"budget.{name}" for name in ("layers", "kv_cache", "flops", "baselines", "gpu", "summary")),
     "cli.budget",
-    *(f"chat.{name}" for name in ("messages", "turns", "encode", "decode", "tokenizer")),
+    *(f"chat.{name}" for name in ("messages", "turns", "encode", "decode", "tokenizer", "answer")),
 ]
 HEAVY = {"numpy", "numba", "torch", "huggingface_hub", "httpx2"}
 

@@ -133,6 +133,17 @@ def test_joined_weights_are_the_checkpoints(fp8_experts: bool, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("grid", ["flat", "tp2 x ep2"])
+def test_pieces_of_the_vocabulary_that_a_rank_has_no_row_of(
+    grid: str, cuts: Callable[[str, str], Sharded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a real vocabulary, which is read in many pieces."""
+    monkeypatch.setattr("v4quant.model.head._PIECE_ROWS", 100)
+    _, expected, expected_logits = whole("tiny-flash")
+    with torch.inference_mode(), virtual_model(cuts("tiny-flash", grid), Arithmetic(), "cpu") as model:
+        assert torch.equal(logits(model.head(), expected[-1].streams), expected_logits)
+
+
+@pytest.mark.parametrize("grid", ["flat", "tp2 x ep2"])
 def test_coded_products(grid: str, cuts: Callable[[str, str], Sharded]) -> None:
     """Products of what is stored; those that ranks add up are decoded, as coded ones come out in BF16."""
     inputs, _, _ = whole("tiny-flash")

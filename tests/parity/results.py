@@ -66,6 +66,7 @@ def make_result(
             _layer(rng, layer, departing, compressed=compressed, zero=zero, tokens=sum(lengths))
             for layer in range(layers)
         ],
+        "conversations": _conversations(logits) if verdict == "different" else None,
         "attribution": _attribution(departing) if verdict == "different" else None,
         "coverage": _coverage(layers, lengths),
         "bytes_by_role": _bytes_by_role(),
@@ -180,6 +181,44 @@ def _attribution(layer: int) -> dict[str, Any]:
             }
         ],
         "tensors_from": f"value comparison of layers.{layer}",
+    }
+
+
+def _conversations(logits: dict[str, Any]) -> dict[str, Any]:
+    """Two conversations; the answers to one part, so that one side calls a tool and the other is cut short."""
+
+    def figures(tokens: int, factor: float) -> dict[str, Any]:
+        return {
+            "tokens": tokens,
+            "kl_mean": factor * logits["kl"]["mean"],
+            "kl_max": factor * logits["kl"]["max"],
+            "top1": 1 - 0.01 * factor,
+        }
+
+    call = {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
+    called = {"tokens": 31, "finish": "stop", "text": "Let me see.", "calls": [call], "problem": None}
+    cut = {"tokens": 64, "finish": "length", "text": "It may be", "calls": None, "problem": "it was cut off"}
+    noise = {"kl_mean": 1e-5, "kl_max": 3e-4, "top1": 0.999}
+    return {
+        "assistant": figures(90, 1.1) | {"noise": noise},
+        "tool_calls": figures(40, 1.4) | {"noise": noise},
+        "each": [
+            {"name": "line 1", "tokens": 220, "assistant": figures(70, 1.2), "tool_calls": figures(40, 1.4)},
+            {"name": "line 3", "tokens": 80, "assistant": figures(20, 0.8), "tool_calls": None},
+        ],
+        "continuations": {
+            "max_tokens": 64,
+            "skipped": None,
+            "written": 2,
+            "alike": 0,
+            "calls": {"same": 1, "different": 0, "none": 0, "unknown": 1},
+            "each": [
+                {"name": "line 1", "parts_at": 2, "margin": 0.01, "calls": "same"}
+                | {"reference": called, "candidate": dict(called)},
+                {"name": "line 3", "parts_at": 5, "margin": 0.25, "calls": "unknown"}
+                | {"reference": called, "candidate": cut},
+            ],
+        },
     }
 
 

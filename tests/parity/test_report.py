@@ -72,7 +72,10 @@ def test_zero_beside_a_zero_floor(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verdict", VERDICTS)
 def test_every_part_is_there_and_reachable(pages: dict[str, Path], verdict: str) -> None:
     page = PageReader.of(pages[verdict])
-    anchors = [*ANCHORS[:2], *(["attribution"] if verdict == "different" else []), *ANCHORS[2:]]
+    anchors = list(ANCHORS)
+    if verdict == "different":
+        anchors.insert(ANCHORS.index("coverage"), "attribution")
+        anchors.insert(anchors.index("bytes"), "conversations")
     assert [attributes["id"] for attributes in page.attributes("section")] == anchors
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -138,6 +141,25 @@ def test_departures_are_measured_by_their_limits(tmp_path: Path) -> None:
     assert page.row("config.json")[-1] == "–"
 
 
+def test_conversations(pages: dict[str, Path], tmp_path: Path) -> None:
+    page, result = PageReader.of(pages["different"]), make_result("different")
+    assert page.row("tool calls")[1] == "40" and page.row("assistant")[-2:] == ["98.90 %", "99.90 %"]
+    assert any(row[:3] + row[-4:] == ["line 3", "80", "20", "0", "–", "–", "–"] for row in page.rows)
+    assert ["line 1", "2", "0.0100", "✓ the same", "31 (stop)", "31 (stop)"] in page.rows
+    assert ["line 3", "5", "0.250", "not known", "31 (stop)", "64 (length)"] in page.rows
+    assert "reference: Let me see." in page.texts and "candidate: It may be" in page.texts
+    assert 'calls get_weather {"city": "Oslo"}' in page.texts and "it was cut off" in page.texts
+    result["conversations"]["continuations"]["each"][0] |= {"parts_at": None, "margin": None}
+    page = page_of(result, tmp_path)
+    assert ["line 1", "never", "–", "✓ the same", "31 (stop)", "31 (stop)"] in page.rows
+    assert "both: Let me see." in page.texts
+    result["conversations"]["continuations"] |= {"skipped": "the reference takes 160 GB", "each": []}
+    result["conversations"]["tool_calls"] = None
+    page = page_of(result, tmp_path)
+    assert "Greedy answers were not written: the reference takes 160 GB." in page.texts
+    assert page.row("tool calls") == ["tool calls", "0", *["–"] * 6]
+
+
 def test_stored_outputs_in_the_place_of_a_reference(tmp_path: Path) -> None:
     result = make_result("indistinguishable")
     result["evidence"]["reference"] = None
@@ -198,7 +220,7 @@ def test_evidence_is_whole(pages: dict[str, Path]) -> None:
     assert evidence["reference_outputs"]["sha256"] in page.texts
     assert "prompt 1: 216 + 4 × 1" in page.texts
     assert " ".join(map(str, evidence["prompts"][1])) in page.texts
-    assert len(page.attributes("details")) == 1
+    assert len(page.attributes("details")) == 2  # and what was written
     assert "open" not in page.attributes("details")[0]
 
 
@@ -363,7 +385,7 @@ def test_json_says_what_the_result_says_and_can_be_read(pages: dict[str, Path], 
     assert list(json.loads(text)) == list(result)
     lines = text.splitlines()
     assert max(map(len, lines)) < 160
-    assert len(lines) < 1200  # the divergences alone are 1,800 numbers
+    assert len(lines) < 1300  # the divergences alone are 1,800 numbers
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def noisy(figures: BlockFigures, variant: str = ORDER, accumulated: BlockFigures
 
 def logit_figures(figure: str = "", value: float = 0.0, bit_equal: float = 0.0) -> LogitFigures:
     zero = Spread(0.0, 0.0, 0.0, 0.0)
-    found = LogitFigures(TOKENS, bit_equal, zero, zero, 1.0, 1.0, None, None, [])
+    found = LogitFigures(TOKENS, bit_equal, zero, zero, 1.0, 1.0, None, None, [], [])
     if not figure:
         return found
     name, part, _ = LOGIT_FIGURES[figure]

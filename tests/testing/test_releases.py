@@ -9,7 +9,7 @@ import pytest
 from v4quant.config import V4Config
 from v4quant.encodings import BASE_SCHEME, NATIVE_SCHEME
 from v4quant.errors import UsageError
-from v4quant.testing.releases import Like, inference_config, synth_config
+from v4quant.testing.releases import Like, Vocab, inference_config, synth_config
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 
@@ -69,6 +69,20 @@ def test_tiny_keeps_every_feature(like: Like) -> None:
     for rows_or_columns in (config.hidden_size, config.moe_intermediate_size):
         assert rows_or_columns >= 256
         assert rows_or_columns % 128 == 0
+
+
+@pytest.mark.parametrize("like", list(Like))
+def test_vocabularies(like: Like) -> None:
+    full = synth_config(like)[0]
+    small, chat = (synth_config(like, tiny=True, vocab=vocab)[0] for vocab in (Vocab.SMALL, Vocab.FULL))
+    assert small == synth_config(like, tiny=True)[0]
+    assert chat["vocab_size"] == full["vocab_size"] == 129_280
+    changed = {key for key in chat if chat[key] != small[key]}
+    assert changed == {"vocab_size"} | ({"dspark_noise_token_id"} & chat.keys())
+    assert chat.get("dspark_noise_token_id") == full.get("dspark_noise_token_id")
+    wide = synth_config(like, vocab=Vocab.SMALL)[0]
+    assert (wide["vocab_size"], wide["hidden_size"]) == (512, full["hidden_size"])
+    assert wide.get("dspark_noise_token_id", 511) == 511
 
 
 @pytest.mark.parametrize(("layers", "targets"), [(61, (58, 59, 60)), (4, (1, 2, 3)), (2, (0, 0, 1)), (1, (0, 0, 0))])

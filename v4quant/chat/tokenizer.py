@@ -51,7 +51,11 @@ class EncodedPrompt:
 
 
 class Tokenizer:
-    """V4's tokenizer, with control tokens apart from text."""
+    """V4's tokenizer, with control tokens apart from text.
+
+    Attributes:
+        where: what it is called in errors.
+    """
 
     def __init__(self, content: bytes, where: str) -> None:
         """Read a tokenizer.json.
@@ -64,7 +68,7 @@ class Tokenizer:
             CheckpointError: if it is no tokenizer, or not V4's.
             UsageError: if the tokenizers package is missing.
         """
-        self._where = where
+        self.where = where
         data = _parse(content, where)
         added = _added_tokens(data, where)
         wrong = [token for token, own in IDS.items() if added.get(token) != own]
@@ -76,6 +80,11 @@ class Tokenizer:
             )
         self._texts = {own: token for token, own in added.items()}
         self._model = _model(data, where)
+
+    @property
+    def size(self) -> int:
+        """The largest id that it gives, and one."""
+        return max(max(self._texts), self._model.get_vocab_size() - 1) + 1
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Encode a prompt: control tokens by id, text as text.
@@ -113,7 +122,7 @@ class Tokenizer:
         try:
             return self._model.encode(text, add_special_tokens=False)
         except Exception as error:  # the package raises bare Exception
-            raise MessagesError(f"{self._where}: cannot encode a text of {len(text):,} characters: {error}") from error
+            raise MessagesError(f"{self.where}: cannot encode a text of {len(text):,} characters: {error}") from error
 
     def segments(self, ids: Sequence[int]) -> list[tuple[str, bool]]:
         """Decode token ids into pieces of text, and whether each is a control token: parse_segments reads them.
@@ -124,7 +133,7 @@ class Tokenizer:
         known = self._model.get_vocab_size()
         for position, own in enumerate(ids):
             if own not in self._texts and not 0 <= own < known:
-                raise UsageError(f"token {position} is {own}, expected an id of {self._where}")
+                raise UsageError(f"token {position} is {own}, expected an id of {self.where}")
         pieces = []
         for is_control, group in groupby(ids, key=self._texts.__contains__):
             run = list(group)

@@ -191,6 +191,8 @@ class Weights:
         entry = self._entry(name)
         if not 0 <= start <= stop <= entry.shape[0]:
             raise ValueError(f"rows {start} to {stop} of {name}, which has {entry.shape[0]}")
+        if start == stop:  # a rank may hold none of the rows that are asked of all; views of nothing raise
+            return torch.empty(0, *entry.shape[1:], dtype=_DTYPES[entry.dtype])
         row_bytes = entry.bytes // entry.shape[0]
         buffer = np.empty((stop - start) * row_bytes, np.uint8)
         self._read(entry, buffer, start * row_bytes)

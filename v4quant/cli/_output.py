@@ -28,6 +28,11 @@ class Output:
         if not self.json_mode and not self._is_silent:
             print(escaped(text))
 
+    def piece(self, text: str) -> None:
+        """Print a piece of human-readable result at once, without ending its line."""
+        if not self.json_mode:
+            print(escaped(text), end="", flush=True)
+
     def result(self, values: Mapping[str, Any]) -> None:
         """Print the command's JSON object, under --json."""
         if self.json_mode and not self._is_silent:

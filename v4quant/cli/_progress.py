@@ -42,16 +42,16 @@ def byte_progress(total: int, label: str, done: int = 0, *, silent: bool = False
 
 
 @contextmanager
-def layer_progress(total: int, label: str) -> Iterator[Callable[[str], None]]:
-    """Show how many of `total` layers are done; silent when stderr is not a terminal.
+def layer_progress(total: int, label: str, unit: str = "layer") -> Iterator[Callable[[str], None]]:
+    """Show how many of `total` layers, or other units, are done; silent when stderr is not a terminal.
 
     Yields:
-        done(item): counts one layer, and shows which it was.
+        done(item): counts one, and shows which it was.
     """
     with tqdm(
         total=total,
         desc=label,
-        unit="layer",
+        unit=unit,
         file=sys.stderr,
         disable=not sys.stderr.isatty(),
         dynamic_ncols=True,

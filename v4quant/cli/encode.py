@@ -1,33 +1,29 @@
 """`v4quant encode`: a conversation as the model reads it, text or token ids."""
 
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from v4quant.chat.texts import Encoder
-from v4quant.cli._chat import Thinking, TokenizerSource, load_tokenizer, read_json
+from v4quant.cli._chat import (
+    Effort,
+    EncoderChoice,
+    KeepReasoning,
+    Messages,
+    Thinking,
+    TokenizerSource,
+    load_tokenizer,
+    read_prompt,
+)
 from v4quant.cli._options import JsonMode
 from v4quant.cli._output import Output
-from v4quant.errors import MessagesError
 
 
 def encode(
-    messages: Annotated[
-        Path,
-        typer.Argument(metavar="MESSAGES", help="JSON array of messages, as in OpenAI's chat API.", show_default=False),
-    ],
+    messages: Messages,
     tokenizer: TokenizerSource = None,
     thinking: Thinking = False,
-    effort: Annotated[
-        str | None, typer.Option(metavar="LEVEL", help="Reasoning effort: low, high or max. [says nothing]")
-    ] = None,
-    encoder: Annotated[
-        Encoder, typer.Option(help="preview: V4-Flash and V4-Pro of April 2026. later: 0731 and 0813.")
-    ] = Encoder.LATER,
-    keep_reasoning: Annotated[
-        bool, typer.Option("--keep-reasoning", help="Keep the reasoning of earlier turns, even without tools.")
-    ] = False,
+    effort: Effort = None,
+    encoder: EncoderChoice = Encoder.LATER,
+    keep_reasoning: KeepReasoning = False,
     json_mode: JsonMode = False,
 ) -> None:
     """Encode a conversation into V4's prompt: text, or with --tokenizer token ids that no message can forge.
@@ -36,16 +32,10 @@ def encode(
     v4quant encode messages.json --thinking
     v4quant encode messages.json --thinking --effort max --tokenizer DeepSeek-V4-Flash
     """
-    from v4quant.chat import EncodeOptions, read_messages
-    from v4quant.chat import encode as render
+    from v4quant.chat import EncodeOptions
 
     output = Output(json_mode)
-    data = read_json(messages, "messages")
-    try:
-        options = EncodeOptions(thinking, effort, encoder, drop_reasoning=not keep_reasoning)
-        prompt = render(read_messages(data), options)
-    except MessagesError as error:
-        raise MessagesError(f"{messages}: {error}", hint=error.hint) from None
+    prompt = read_prompt(messages, EncodeOptions(thinking, effort, encoder, drop_reasoning=not keep_reasoning))
     result: dict[str, Any] = {
         "text": prompt.text,
         "control_ranges": prompt.control_ranges,

@@ -19,6 +19,7 @@ from v4quant.cli import (
     demo,
     download,
     encode,
+    generate,
     inspect_,
     merge,
     parity,
@@ -43,7 +44,7 @@ app = typer.Typer(
 _COMMANDS = (
     *(inspect_.inspect, budget.budget, download.download, synth.synth, convert.convert, verify.verify),
     *(shard.shard, merge.merge, reference.reference, parity.parity, push.push, selftest.selftest),
-    *(encode.encode, decode.decode, demo.demo),
+    *(encode.encode, decode.decode, generate.generate, demo.demo),
 )
 for command in _COMMANDS:
     app.command()(command)

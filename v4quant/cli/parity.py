@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from v4quant.cli._conversations import print_conversations, write_answers
 from v4quant.cli._memory import peak_memory_bytes
 from v4quant.cli._options import JsonMode
 from v4quant.cli._output import Output, decimal_bytes, is_finite, plural
 from v4quant.cli._progress import layer_progress
 from v4quant.cli._ranks import device_of, processes_of
 from v4quant.cli._source import lies_in, open_source
+from v4quant.cli._token_source import TokenSource
 from v4quant.errors import CheckFailedError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from v4quant.checkpoint.reader import Checkpoint
     from v4quant.model.device import Device
     from v4quant.parity.compare import Task
-    from v4quant.parity.prompts import Prompts
-    from v4quant.parity.stored import StoredOutputs
 
 _SHOWN_DEPARTURES = 5
 _SHOWN_TENSORS = 5
@@ -42,6 +42,15 @@ def parity(
     ] = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text, encoded by the reference's tokenizer.")
+    ] = None,
+    messages: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Conversations with tools, one a line as `encode` takes it: *.jsonl."),
+    ] = None,
+    thinking: Annotated[bool, typer.Option("--thinking", help="With --messages: the model thinks.")] = False,
+    continuation: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --messages: greedy tokens of both models' last answers. [64]", min=0),
     ] = None,
     length: Annotated[
         int | None,
@@ -81,6 +90,7 @@ def parity(
     \b
     v4quant parity flash-fp8 --against DeepSeek-V4-Flash --report report
     v4quant parity flash-fp8 --against DeepSeek-V4-Flash --text prompts.txt --max-kl 0.01
+    v4quant parity flash-fp8 --against DeepSeek-V4-Flash --messages agent.jsonl --thinking
     v4quant parity pro-fp8 --reference-outputs pro.safetensors
     v4quant parity flash-fp8 --against DeepSeek-V4-Flash --length 300 --index-topk 16
     v4quant parity flash-tp4 --against DeepSeek-V4-Flash
@@ -96,18 +106,19 @@ def parity(
             raise UsageError(f"--max-kl is {max_kl}, expected a number")
         _require_one_reference(against, reference_outputs)
         place = device_of(device, group)
-        source = as_stored(open_source(candidate))
-        with processes_of(source, group, place) as processes:
+        stored = as_stored(open_source(candidate))
+        with processes_of(stored, group, place) as processes:
             if processes is not None and not group.is_first:
-                assert isinstance(source, Sharded)
-                serve_rank(source, place, processes)
+                assert isinstance(stored, Sharded)
+                serve_rank(stored, place, processes)
                 result = None
             else:
-                task = _task(
-                    source, against, reference_outputs, tokens, text, length, prefill, index_topk, arithmetic, place
-                )
+                source = TokenSource(tokens, text, messages, thinking, continuation, length, prefill)
+                task = _task(stored, against, reference_outputs, source, index_topk, arithmetic, place)
                 task = replace(task, processes=processes)
-                result = _compare(task, candidate, against, max_kl, min_top1, report, overwrite, json_mode)
+                result = _compare(
+                    task, source.answer_tokens, candidate, against, max_kl, min_top1, report, overwrite, json_mode
+                )
         if result is not None:
             _fail_on(result)
         group.barrier()  # the first one's verdict is everybody's
@@ -115,6 +126,7 @@ def parity(
 
 def _compare(
     task: "Task",
+    answer_tokens: int,
     candidate: str,
     against: str | None,
     max_kl: float | None,
@@ -134,6 +146,8 @@ def _compare(
         comparison = compare(task, lambda steps: bars.enter_context(layer_progress(steps, "parity")))
     gates = check_gates(comparison, max_kl, min_top1)
     result = to_json(task, comparison, gates)
+    if result["conversations"] is not None:
+        result["conversations"]["continuations"] = write_answers(task, answer_tokens)
     result["evidence"]["peak_memory_bytes"] = peak_memory_bytes()
     if report is not None:
         from v4quant.parity.report import write_report
@@ -166,10 +180,7 @@ def _task(
     candidate: "Checkpoint | Sharded",
     against: str | None,
     reference_outputs: Path | None,
-    tokens: Path | None,
-    text: Path | None,
-    length: int | None,
-    prefill: int | None,
+    source: TokenSource,
     index_topk: int | None,
     arithmetic: str,
     device: "Device",
@@ -186,40 +197,8 @@ def _task(
     else:
         assert reference_outputs is not None
         reference = StoredOutputs(reference_outputs, candidate.config)
-    prompts = _prompts(candidate, reference, tokens, text, length, prefill, index_topk)
+    prompts = source.prompts(candidate, reference, index_topk)
     return Task(candidate, reference, prompts, Activations(arithmetic), device, index_topk)
-
-
-def _prompts(
-    candidate: "Checkpoint | Sharded",
-    reference: "Checkpoint | StoredOutputs",
-    tokens: Path | None,
-    text: Path | None,
-    length: int | None,
-    prefill: int | None,
-    index_topk: int | None,
-) -> "Prompts":
-    from v4quant.parity.prompts import Prompts, built_prompts, read_prompts, text_prompts
-    from v4quant.parity.stored import StoredOutputs
-
-    whole = candidate if isinstance(reference, StoredOutputs) else reference  # the candidate's config may be the fault
-    config = whole.config if index_topk is None else replace(whole.config, index_topk=index_topk)
-    if isinstance(reference, StoredOutputs):
-        given = {"--tokens": tokens, "--text": text, "--length": length, "--prefill": prefill}
-        given["--index-topk"] = index_topk
-        wrong = next((name for name, value in given.items() if value is not None), None)
-        if wrong:
-            raise UsageError(f"{wrong} is given with --reference-outputs, whose tokens and settings are in the file")
-        return Prompts.of([reference.input_ids], reference.prefill, config, str(reference.path))
-    if tokens is not None and text is not None:
-        raise UsageError("--tokens and --text are both given, expected one")
-    if tokens is not None:
-        if length is not None:
-            raise UsageError("--length is given with --tokens, expected one: all tokens of the file are run")
-        return read_prompts(tokens, config, prefill)
-    if text is not None:
-        return text_prompts(text, reference.files, config, length, prefill)
-    return built_prompts(config, length, prefill)
 
 
 def _prepare_report_folder(report: Path, sources: list[str], overwrite: bool) -> None:
@@ -260,6 +239,8 @@ def print_result(output: Output, result: dict[str, Any]) -> None:
     if mtp is not None:
         noise = max(own["mtp_logits"]["kl"]["mean"] for own in floor["variants"].values())
         output.line(f"  {'MTP KL mean':14}{mtp['kl']['mean']:10.3g}  {noise:10.3g}   nats")
+    if result["conversations"] is not None:
+        print_conversations(output, result["conversations"])
     worst = max(result["layers"], key=lambda layer: layer["isolated_rel_err"])
     noise = max(layer["floor"]["isolated_rel_err"] for layer in result["layers"])
     output.line(

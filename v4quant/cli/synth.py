@@ -7,7 +7,7 @@ import typer
 from v4quant.cli._options import DryRun, JsonMode, Out, Overwrite
 from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.cli._progress import byte_progress
-from v4quant.testing.releases import Like, synth_config
+from v4quant.testing.releases import Like, Vocab, synth_config
 
 
 def synth(
@@ -16,6 +16,10 @@ def synth(
     layers: Annotated[int | None, typer.Option(metavar="N", help="Keep only the first N layers of the trunk.")] = None,
     experts: Annotated[int | None, typer.Option(metavar="N", help="Keep only N routed experts a layer.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Small dimensions, every feature, under 20 MB.")] = False,
+    vocab: Annotated[
+        Vocab | None,
+        typer.Option(help="full: every token of the release. small: 512. [small with --tiny, else full]"),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="S", help="The same seed gives the same bytes.")] = 0,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -25,6 +29,7 @@ def synth(
 
     \b
     v4quant synth tiny-flash --like flash --tiny
+    v4quant synth tiny-chat --like flash --tiny --vocab full
     v4quant synth one-layer --like flash --layers 1
     v4quant synth pro --like pro --dry-run
     """
@@ -33,7 +38,7 @@ def synth(
     from v4quant.testing.synth import plan_synth, write_checkpoint
 
     output = Output(json_mode)
-    config_json, scheme = synth_config(like, layers=layers, experts=experts, tiny=tiny)
+    config_json, scheme = synth_config(like, layers=layers, experts=experts, tiny=tiny, vocab=vocab)
     plan = plan_synth(config_json, scheme)
     report = plan.report
     if dry_run:

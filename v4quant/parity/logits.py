@@ -49,7 +49,7 @@ class LogitFigures:
         kl: KL(expected || found) over tokens, in nats; kl_reverse: KL(found || expected).
         top1: share of tokens with the same best next token; top5_overlap: of the five best, the share in common.
         perplexity_expected, perplexity_found: of the tokens that follow; None where none does.
-        kl_by_token: KL(expected || found) of each.
+        kl_by_token: KL(expected || found) of each; top1_by_token: whether both have the same best next token.
     """
 
     tokens: int
@@ -61,6 +61,7 @@ class LogitFigures:
     perplexity_expected: float | None
     perplexity_found: float | None
     kl_by_token: list[float]
+    top1_by_token: list[bool]
 
 
 @dataclass(frozen=True)
@@ -223,17 +224,19 @@ class Pair:
         shift = expected.log_total - found.log_total
         kl = self._divergence(self._forward / expected.total - shift)
         kl_reverse = self._divergence(self._reverse / found.total + shift)
+        same = found.best[:, 0] == expected.best[:, 0]
         common = (found.best[:, :, None] == expected.best[:, None]).any(2)
         return LogitFigures(
             tokens=len(kl),
             bit_equal=float(self._equal.double().mean()),
             kl=Spread.of(kl),
             kl_reverse=Spread.of(kl_reverse),
-            top1=float((found.best[:, 0] == expected.best[:, 0]).double().mean()),
+            top1=float(same.double().mean()),
             top5_overlap=float(common.double().mean()),
             perplexity_expected=expected.perplexity(),
             perplexity_found=found.perplexity(),
             kl_by_token=kl.tolist(),
+            top1_by_token=same.tolist(),
         )
 
 

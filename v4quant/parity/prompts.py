@@ -7,7 +7,7 @@ that attention has something to find. The last tokens are decode steps.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from v4quant.checkpoint.tensor_file import TensorFile
 from v4quant.config import V4Config
 from v4quant.errors import CheckpointError, UsageError
 from v4quant.model.chunk import check_prompts
+from v4quant.parity.conversations import Conversation
 
 DECODE_STEPS = 8
 _CSA, _HCA = 4, 128
@@ -39,11 +40,13 @@ class Prompts:
         ids: int64 [n] each.
         sizes: tokens a step of the plain run: a prefill, then decode steps one by one.
         source: where they come from, for people.
+        conversations: what the prompts are, one each; none where they are no conversations.
     """
 
     ids: tuple[torch.Tensor, ...]
     sizes: tuple[int, int]
     source: str
+    conversations: tuple[Conversation, ...] = ()
 
     @classmethod
     def of(cls, ids: Sequence[torch.Tensor], prefill: int | None, config: V4Config, source: str) -> "Prompts":
@@ -63,6 +66,21 @@ class Prompts:
         if not 1 <= prefill <= longest:
             raise UsageError(f"--prefill is {prefill}, expected 1 to the {longest:,} tokens of the longest prompt")
         return cls(tuple(ids), (prefill, 1), source)
+
+    @classmethod
+    def of_conversations(
+        cls, conversations: Sequence[Conversation], prefill: int | None, config: V4Config, source: str
+    ) -> "Prompts":
+        """Check conversations; see `of`.
+
+        Raises:
+            UsageError: if the model cannot take them, or the prefill is longer than every one.
+        """
+        for conversation in conversations:  # before hours of work, not after
+            ids = conversation.ids if conversation.opening is None else conversation.opening.ids
+            check_prompts([torch.tensor(ids)], config, f"{source}: {conversation.name}, to be answered")
+        plain = cls.of([torch.tensor(conversation.ids) for conversation in conversations], prefill, config, source)
+        return replace(plain, conversations=tuple(conversations))
 
     @property
     def other_sizes(self) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ import torch
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.parity.attribution import Blame, blame
 from v4quant.parity.compare import Comparison, Task
+from v4quant.parity.conversations import conversations_json
 from v4quant.parity.coverage import Coverage
 from v4quant.parity.evidence import bytes_by_role, config_differences, describe, machine, versions
 from v4quant.parity.execution import CSA, HCA
@@ -47,6 +48,7 @@ def to_json(task: Task, comparison: Comparison, gates: list[dict[str, Any]]) -> 
             _layer(number, layer, number < task.candidate.config.num_hash_layers, layer.name in departing, judgement)
             for number, layer in enumerate(outcome.layers)
         ],
+        "conversations": conversations_json(task.prompts.conversations, found, outcome.logits.noise),
         "attribution": _attribution(comparison, who),
         "coverage": _coverage(comparison.coverage),
         **_sides(task),

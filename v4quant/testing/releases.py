@@ -29,11 +29,21 @@ class Like(StrEnum):
         return self in (Like.FLASH_BASE, Like.PRO_BASE)
 
 
+class Vocab(StrEnum):
+    """How many tokens a synthetic checkpoint knows."""
+
+    SMALL = "small"
+    """512: no tokenizer has so few."""
+
+    FULL = "full"
+    """All of the release, for its own tokenizer."""
+
+
 # Small enough for a test, large enough to keep every feature: five layers hold all compression ratios of the release,
 # hash-routed layers and others; matrices span several 128x128 blocks both ways; the indexer really has to choose.
 _TINY_LAYERS = 5
+_SMALL_VOCAB = 512
 _TINY: dict[str, int] = {
-    "vocab_size": 512,
     "hidden_size": 256,
     "moe_intermediate_size": 256,
     "num_attention_heads": 4,
@@ -55,7 +65,7 @@ _TINY_PRO = _TINY | {
     "o_groups": 4,
     "index_n_heads": 4,
 }
-_TINY_DSPARK: dict[str, int] = {"dspark_markov_rank": 64, "dspark_noise_token_id": 511}
+_TINY_DSPARK: dict[str, int] = {"dspark_markov_rank": 64}
 
 # Key of the flat inference/config.json -> key of config.json, in the order of the released files.
 _INFERENCE_KEYS = {
@@ -97,7 +107,13 @@ _DSPARK_KEYS = ("dspark_block_size", "dspark_noise_token_id", "dspark_target_lay
 
 
 def synth_config(
-    like: str, *, layers: int | None = None, experts: int | None = None, tiny: bool = False, mtp: bool = True
+    like: str,
+    *,
+    layers: int | None = None,
+    experts: int | None = None,
+    tiny: bool = False,
+    mtp: bool = True,
+    vocab: Vocab | None = None,
 ) -> tuple[dict[str, Any], Scheme]:
     """Build the config.json of a synthetic checkpoint.
 
@@ -107,6 +123,7 @@ def synth_config(
         experts: keep only this many routed experts a layer.
         tiny: small dimensions and five layers, with every structural feature of the release.
         mtp: False leaves the MTP blocks out.
+        vocab: how many tokens; by default few where it is tiny, else all.
 
     Returns:
         The parsed config.json, and the scheme that the release is stored under.
@@ -121,6 +138,8 @@ def synth_config(
     if tiny:
         _shrink(config, _TINY_PRO if release.value.startswith("pro") else _TINY)
         _keep_layers(config, _TINY_LAYERS)
+    if vocab is Vocab.SMALL or (vocab is None and tiny):
+        _keep_tokens(config, _SMALL_VOCAB)
     if layers is not None:
         _require_within("layers", layers, config["num_hidden_layers"])
         _keep_layers(config, layers)
@@ -176,6 +195,12 @@ def _keep_layers(config: dict[str, Any], layers: int) -> None:
         # The releases feed the last three layers to DSpark; a shorter trunk repeats its first layer instead.
         count = len(config["dspark_target_layer_ids"])
         config["dspark_target_layer_ids"] = [max(0, layers - count + i) for i in range(count)]
+
+
+def _keep_tokens(config: dict[str, Any], tokens: int) -> None:
+    config["vocab_size"] = tokens
+    if "dspark_noise_token_id" in config:
+        config["dspark_noise_token_id"] = tokens - 1
 
 
 def _drop_mtp(config: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The result of a parity run as a page for people and as JSON.
 
 page                what stands where; page.html has the looks
-verdict, findings, run_facts, plots    its parts
+verdict, findings, conversations, run_facts, plots    its parts
 markup, figures     foreign text made safe, numbers as people read them
 """
 

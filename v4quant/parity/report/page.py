@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from string import Template
 from typing import Any
 
+from v4quant.parity.report.conversations import conversations_part
 from v4quant.parity.report.figures import factor, number, share
 from v4quant.parity.report.findings import attribution_part, departures_part, layers_part, logits_part
 from v4quant.parity.report.markup import Column, Html, join, section, shown, table, tag
@@ -35,6 +36,7 @@ def build_page(result: Mapping[str, Any]) -> str:
         coverage_part(result),
         layers_part(result),
         logits_part(result),
+        conversations_part(result),
         _bytes_part(result),
         config_part(result),
         gates_part(result),
@@ -57,6 +59,7 @@ def _contents(result: Mapping[str, Any]) -> Html:
         "coverage",
         "layers",
         "logits",
+        "conversations",
         "bytes",
         "config",
         "gates",
@@ -64,6 +67,8 @@ def _contents(result: Mapping[str, Any]) -> Html:
     ]
     if result["attribution"] is None:
         words.remove("attribution")
+    if result["conversations"] is None:
+        words.remove("conversations")
     links = (tag("a", word.capitalize(), href=f"#{word}") for word in words)
     return tag("nav", join(links, " "), aria_label="Contents")
 
