@@ -223,3 +223,21 @@ def test_a_damaged_split_is_not_passed_on(
     assert said in capsys.readouterr().err
     with pytest.raises(CheckpointError):
         open_checkpoint(out)
+
+
+def test_memory_of_a_split_that_is_split_again(flash: Path, tmp_path: Path) -> None:
+    """Its own ranks are held beside those that are written: thousands of tensors where there are many."""
+    split(flash, tmp_path / "ranks", Grid(4, 2))
+    whole = plan_shard(open_checkpoint(flash), Grid(2))
+    again = plan_shard(open_checkpoint(tmp_path / "ranks"), Grid(2))
+    held = sum(len(read(path)) for path in (tmp_path / "ranks").rglob("*.safetensors"))
+    assert again.peak_memory_bytes(1) - whole.peak_memory_bytes(1) > 500 * held
+
+
+@pytest.mark.parametrize("grid", [Grid(2, 2), Grid(1, 1, 3)], ids=str)
+def test_disk_bytes_are_those_that_are_written(flash: Path, grid: Grid, tmp_path: Path) -> None:
+    """Not less, and little more: index, record and certificate of each rank are counted."""
+    plan = plan_shard(open_checkpoint(flash), grid, Layout.RANKS, max_shard_bytes=10**9)
+    split(flash, tmp_path / "ranks", grid)
+    written = sum(path.stat().st_size for path in (tmp_path / "ranks").rglob("*") if path.is_file())
+    assert written <= plan.disk_bytes < written + 0.03 * written
