@@ -185,6 +185,9 @@ def test_grids_that_do_not_work(flash: Path, tmp_path: Path) -> None:
     narrow = write_wide(tmp_path / "narrow", o_lora_rank=64)
     assert 4 in working_shares(open_checkpoint(narrow), Grid(1), Layout.RANKS)
     assert 8 not in working_shares(open_checkpoint(narrow), Grid(1), Layout.RANKS)
+    # One share cuts nothing, so a last block that is no whole one does no harm.
+    edges = write_wide(tmp_path / "edges", o_lora_rank=24)
+    assert working_shares(open_checkpoint(edges), Grid(1), Layout.RANKS) == [1]
 
 
 @pytest.mark.parametrize("options", [["--tp", "2", "--ep", "2", "--experts", "fp8"], ["--tp", "1024", "--ep", "2"]])

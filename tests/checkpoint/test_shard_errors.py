@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,7 @@ def test_merge_refuses(
     assert not out.exists()
 
 
-def hostile(folder: Path, tensors: list[tuple[str, str, tuple[int, ...]]], grid: Grid, *, files: int = 0) -> Path:
+def hostile(folder: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], grid: Grid, *, files: int = 0) -> Path:
     """A sharded folder without ranks, whose record and extra file tell of these tensors, and of so many files."""
     header, entries = build_header(tensors, file="model.safetensors")
     run = Run(grid, Layout.RANKS, "0" * 64, max_shard_bytes=10**9)
