@@ -198,6 +198,9 @@ def test_grids_that_do_not_work(flash: Path, tmp_path: Path) -> None:
     narrow = write_wide(tmp_path / "narrow", o_lora_rank=64)
     assert 4 in working_shares(open_checkpoint(narrow), Grid(1), Layout.RANKS)
     assert 8 not in working_shares(open_checkpoint(narrow), Grid(1), Layout.RANKS)
+    # One share cuts nothing, so a last block that is no whole one does no harm.
+    edges = write_wide(tmp_path / "edges", o_lora_rank=24)
+    assert working_shares(open_checkpoint(edges), Grid(1), Layout.RANKS) == [1]
 
 
 @pytest.mark.parametrize(
@@ -239,3 +242,21 @@ def test_a_damaged_split_is_not_passed_on(
     assert said in capsys.readouterr().err
     with pytest.raises(CheckpointError):
         open_checkpoint(out)
+
+
+def test_memory_of_a_split_that_is_split_again(flash: Path, tmp_path: Path) -> None:
+    """Its own ranks are held beside those that are written: thousands of tensors where there are many."""
+    split(flash, tmp_path / "ranks", Grid(4, 2))
+    whole = plan_shard(open_checkpoint(flash), Grid(2))
+    again = plan_shard(open_checkpoint(tmp_path / "ranks"), Grid(2))
+    held = sum(len(read(path)) for path in (tmp_path / "ranks").rglob("*.safetensors"))
+    assert again.peak_memory_bytes(1) - whole.peak_memory_bytes(1) > 500 * held
+
+
+@pytest.mark.parametrize("grid", [Grid(2, 2), Grid(1, 1, 3)], ids=str)
+def test_disk_bytes_are_those_that_are_written(flash: Path, grid: Grid, tmp_path: Path) -> None:
+    """Not less, and little more: index, record and certificate of each rank are counted."""
+    plan = plan_shard(open_checkpoint(flash), grid, Layout.RANKS, max_shard_bytes=10**9)
+    split(flash, tmp_path / "ranks", grid)
+    written = sum(path.stat().st_size for path in (tmp_path / "ranks").rglob("*") if path.is_file())
+    assert written <= plan.disk_bytes < written + 0.03 * written

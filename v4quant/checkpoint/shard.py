@@ -32,6 +32,7 @@ from v4quant.checkpoint.tp_rank_folder import files_beside
 from v4quant.checkpoint.tp_record import FileRecord, ShardsRecord, require_sound_names
 from v4quant.checkpoint.tp_rules import MOST_RANKS_LISTED, Layout, obstacles, working_shares
 from v4quant.checkpoint.tp_stream import piece_memory_bytes, scatter
+from v4quant.checkpoint.tp_whole import WholeFiles
 from v4quant.checkpoint.units import Advance, work_through
 from v4quant.config import CONFIG_NAME
 from v4quant.encodings import BF16, FP4
@@ -101,9 +102,12 @@ class ShardPlan:
 
     def peak_memory_bytes(self, workers: int) -> int:
         """Upper estimate of resident memory: the process, both sides' headers, and every worker's buffers."""
-        entries = self.tensors + sum(len(file.entries) for file in self.layout.files)
-        widest = max((piece_memory_bytes(p) for places in self.layout.placements.values() for p in places), default=0)
-        return BASE_MEMORY_BYTES + _ENTRY_MEMORY_BYTES * entries + workers * widest
+        layouts = [self.layout]
+        if isinstance(self.source.files, WholeFiles):  # ranks of its own, and buffers to put their pieces together
+            layouts.append(self.source.files.folder.layout)
+        entries = self.tensors + sum(len(file.entries) for layout in layouts for file in layout.files)
+        buffers = sum(_widest_piece_memory_bytes(layout) for layout in layouts)
+        return BASE_MEMORY_BYTES + _ENTRY_MEMORY_BYTES * entries + workers * buffers
 
     def fingerprints(self) -> dict[str, str]:
         """What every file that is read looks like."""
@@ -116,6 +120,11 @@ class ShardPlan:
         headers = [[file.name, hashlib.sha256(file.header).hexdigest()] for file in self.layout.files]
         parts = {"version": v4quant.__version__, "run": self.run.id, "headers": headers, "side_files": self.side_files}
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _widest_piece_memory_bytes(layout: ShardedLayout) -> int:
+    """Bytes of one worker's buffers for any tensor."""
+    return max((piece_memory_bytes(place) for places in layout.placements.values() for place in places), default=0)
 
 
 @dataclass(frozen=True)
