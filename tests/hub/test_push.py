@@ -10,7 +10,7 @@ import pytest
 
 from tests.checkpoint.conversion import convert, edit, write_small
 from tests.hub.conftest import Chain
-from tests.hub.server import READER, TOKEN, Fault, TestHub
+from tests.hub.server import READER, TOKEN, Fault, Request, TestHub
 from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.cli.main import main
 
@@ -429,6 +429,19 @@ def test_what_the_hub_lists_is_compared(hub: TestHub, chain: Chain, capsys: pyte
     hub.forget()
     assert push(chain) == 0
     assert_published(hub, chain.fp8)
+
+
+def test_what_is_visible_is_compared_too(hub: TestHub, chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    """A commit of pointers that does not become what it says, as where the Hub follows one to another file."""
+
+    def swap(request: Request) -> None:
+        repo = hub.store.repos.get(REPO)
+        if repo is not None and SECOND in repo.main and request.path.endswith(f"/tree/{repo.refs['refs/heads/main']}"):
+            repo.main[SECOND] = repo.main["model-00001-of-00004.safetensors"]
+
+    hub.before = swap
+    assert push(chain) == 4
+    assert f"{SECOND} is not as it was sent" in capsys.readouterr().err
 
 
 def test_somebody_else_pushes_meanwhile(hub: TestHub, chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
