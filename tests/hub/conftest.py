@@ -1,9 +1,11 @@
 """The test Hub for every test in this folder, huggingface_hub pointed at it, and no waiting."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -14,6 +16,7 @@ from tests.hub.server import TOKEN, TestHub, running
 from v4quant.cli.main import main
 from v4quant.hub import retry
 from v4quant.hub.origin import Origin, note_source
+from v4quant.parity.report.plots import canvas
 
 
 @pytest.fixture
@@ -31,6 +34,23 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestHub]:
         found.waits = waits
         yield found
         close_session()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawn_once() -> Iterator[None]:
+    """Draw the pictures of a report once: they take half of a push, and most tests publish the same."""
+    pictures: dict[str, bytes] = {}
+    to_png = canvas.to_png
+
+    def remembered(draw: Callable[..., Any], report: Mapping[str, Any]) -> bytes:
+        key = f"{draw.__name__} {json.dumps(report, sort_keys=True)}"
+        if key not in pictures:
+            pictures[key] = to_png(draw, report)
+        return pictures[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(canvas, "to_png", remembered)
+        yield
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def test_only_what_is_asked(hub: TestHub, folder: Path, tmp_path: Path, options:
 
 
 @pytest.mark.parametrize(
-    "options", [["--include", "nothing"], ["--layers", "3-1"], ["--layers", "x"], ["--layers", "-1"]]
+    "options", [["--include", "nothing"], ["--layers", "3-1"], ["--layers", "x"], ["--layers", "-1"], ["--layers", ""]]
 )
 def test_what_nobody_can_ask(hub: TestHub, folder: Path, tmp_path: Path, options: list[str]) -> None:
     hub.store.add_folder(REPO, folder)
@@ -306,6 +306,24 @@ def test_xet_storage_is_asked_through_huggingface_hub(
     assert options["expected_size"] == (folder / SECOND).stat().st_size
     assert hub.asked(f"/objects/{repo.main[SECOND].oid}") == []
     assert len(list((tmp_path / "out" / ".v4quant").iterdir())) == 1
+
+
+def test_xet_that_fails(
+    hub: TestHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.store.add_folder(REPO, folder)
+    entries = [blob.to_json(name) | {"xetHash": "a" * 64} for name, blob in hub.store.repos[REPO].main.items()]
+    hub.faults.append(Fault("/tree/", status=200, body=json.dumps(entries).encode(), times=9))
+
+    def fail(**_options: Any) -> None:
+        raise RuntimeError(f"Data processing error: CAS service error for {TOKEN}")
+
+    monkeypatch.setattr("v4quant.hub.fetch.is_xet_available", lambda: True)
+    monkeypatch.setattr("v4quant.hub.fetch.xet_get", fail)
+    assert run(tmp_path / "out") == 4
+    errors = capsys.readouterr().err
+    assert f"{SECOND}: the transfer fails: Data processing error" in errors.replace(f"{REPO}@", "")
+    assert TOKEN not in errors
 
 
 def test_a_partial_file_of_a_finished_run_is_gone(hub: TestHub, folder: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from v4quant.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
 SOURCE, REPO = "me/source", "me/fp8"
-POINTS = 5
+POINTS = [3, pytest.param(20, marks=pytest.mark.slow)]
 
 
 @dataclass
@@ -117,17 +117,18 @@ class Case:
                 assert (self.out / path.relative_to(self.chain.source)).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("points", POINTS)
 @pytest.mark.parametrize("name", ["download", "convert", "convert --push", "push"])
-def test_killed_at_any_moment_and_run_again(bench: Bench, chain: Chain, tmp_path: Path, name: str) -> None:
+def test_killed_at_any_moment_and_run_again(bench: Bench, chain: Chain, tmp_path: Path, name: str, points: int) -> None:
     bench.hub.store.repos.pop(REPO, None)
     counted = Case(bench, chain, tmp_path / "counted")
     moments = bench.must_run(*counted.command(name))
     counted.assert_complete(name)
     struck = 0
-    for point in range(POINTS):
+    for point in range(points):
         case = Case(bench, chain, tmp_path / f"out{point}")
         bench.hub.store.repos.pop(REPO, None)
-        moment = int((point + random.Random(f"{name} {point}").random()) * moments / POINTS)
+        moment = int((point + random.Random(f"{name} {point} of {points}").random()) * moments / points)
         code, _ = bench.run(*case.command(name), moment=moment)
         assert code in (-signal.SIGKILL, 0), bench.errors.read_text()
         struck += code != 0
@@ -135,7 +136,7 @@ def test_killed_at_any_moment_and_run_again(bench: Bench, chain: Chain, tmp_path
         if not (name.startswith("convert") and is_complete(case.out)):
             bench.must_run(*case.command(name))
         case.assert_complete(name)
-    assert struck >= POINTS - 2
+    assert struck >= points - 2
 
 
 @pytest.mark.parametrize("name", ["download", "convert --push", "push"])

@@ -10,7 +10,7 @@ import pytest
 
 from tests.checkpoint.conversion import convert, edit, write_small
 from tests.hub.conftest import Chain
-from tests.hub.server import READER, TOKEN, Fault, TestHub
+from tests.hub.server import READER, TOKEN, Fault, Request, TestHub
 from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.cli.main import main
 
@@ -242,8 +242,47 @@ def test_force_says_so_in_the_first_line(hub: TestHub, chain: Chain, capsys: pyt
     assert body.lstrip().splitlines()[0].startswith("> **NOT VERIFIED.")
     assert "there is no certificate" in body.replace("\\", "")
     assert hub.store.content(tree[SECOND]) == (chain.source / SECOND).read_bytes()
-    assert str(chain.source) not in body
+    assert str(chain.source) not in body.replace("\\", "")
     capsys.readouterr()
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("relative", [False, True])
+def test_no_path_of_this_machine_is_on_the_card(
+    chain: Chain,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    relative: bool,
+) -> None:
+    folder = shutil.copytree(chain.fp8, tmp_path / "my_private_place")
+    certificate = folder / "v4quant.certificate.jsonl"
+    certificate.write_text("nonsense\n" + certificate.read_text())
+    monkeypatch.chdir(tmp_path)
+    given = Path(folder.name) if relative else folder
+    assert main(["push", str(given), REPO, "--force-unverified", "--dry-run", "--json"]) == 0
+    card = result_of(capsys)["card"].replace("\\", "")
+    assert "> - v4quant.certificate.jsonl line 1: not JSON" in card
+    assert "my_private_place" not in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.usefixtures("hub")
+def test_the_card_of_another_branch_verifies_that(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    assert push(chain, "--revision", "v2", "--dry-run", "--json") == 0
+    assert f"v4quant verify hf://{REPO}@v2 --against hf://me/source@" in result_of(capsys)["card"]
+
+
+def test_a_sharded_checkpoint_is_refused(
+    hub: TestHub, chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It reads as the checkpoint that it was made from, whose files it does not have."""
+    folder = tmp_path / "ranks"
+    assert main(["shard", str(chain.fp8), str(folder), "--tp", "2"]) == 0
+    for options in ([], ["--force-unverified"], ["--dry-run"]):
+        assert push(chain, *options, folder=folder) == 1
+        assert "v4quant merge" in capsys.readouterr().err
+    assert hub.requests == []
 
 
 def test_force_does_not_publish_what_contradicts_itself(hub: TestHub, chain: Chain, tmp_path: Path) -> None:
@@ -361,6 +400,9 @@ def test_a_push_that_fails_shows_nothing_and_the_next_sends_what_is_missing(
         Fault("objects/batch", "POST", status=502),
         Fault("/api/repos/create", "POST", lost=True),
         Fault("/branch/", "POST", lost=True),
+        Fault("/api/models/me/fp8$", status=503, times=2),
+        Fault("/revision/", status=429, headers={"Retry-After": "3"}),
+        Fault("/revision/", lost=True),
     ],
     ids=lambda fault: f"{fault.path} {fault.status or 'lost'}",
 )
@@ -387,6 +429,19 @@ def test_what_the_hub_lists_is_compared(hub: TestHub, chain: Chain, capsys: pyte
     hub.forget()
     assert push(chain) == 0
     assert_published(hub, chain.fp8)
+
+
+def test_what_is_visible_is_compared_too(hub: TestHub, chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    """A commit of pointers that does not become what it says, as where the Hub follows one to another file."""
+
+    def swap(request: Request) -> None:
+        repo = hub.store.repos.get(REPO)
+        if repo is not None and SECOND in repo.main and request.path.endswith(f"/tree/{repo.refs['refs/heads/main']}"):
+            repo.main[SECOND] = repo.main["model-00001-of-00004.safetensors"]
+
+    hub.before = swap
+    assert push(chain) == 4
+    assert f"{SECOND} is not as it was sent" in capsys.readouterr().err
 
 
 def test_somebody_else_pushes_meanwhile(hub: TestHub, chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
@@ -432,7 +487,16 @@ def test_accounts_that_may_not(
 
 
 @pytest.mark.parametrize(
-    "options", [["me"], ["a/b/c"], ["../x"], [REPO, "--revision", "a..b"], [REPO, "--create-pr", "--revision", "x"]]
+    "options",
+    [
+        ["me"],
+        ["a/b/c"],
+        ["../x"],
+        [REPO, "--revision", "a..b"],
+        [REPO, "--create-pr", "--revision", "x"],
+        [REPO, "--revision", "refs/pr/1"],
+        [REPO, "--revision", "a" * 40],
+    ],
 )
 def test_usage(hub: TestHub, chain: Chain, options: list[str]) -> None:
     assert main(["push", str(chain.fp8), *options, "--parity", str(chain.report)]) == 2

@@ -1,17 +1,21 @@
 """Reading a repository without downloading it: inspect, open, what is asked and how much of it, and what goes wrong."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+from huggingface_hub import get_session
 
 from tests.checkpoint.conversion import write_small
-from tests.hub.server import TOKEN, Fault, TestHub
+from tests.hub.server import TOKEN, Fault, Request, TestHub
 from v4quant.checkpoint.reader import open_checkpoint
 from v4quant.checkpoint.reader import open_source as open_files
 from v4quant.cli._source import open_source
-from v4quant.cli.main import main
+from v4quant.cli.main import main, run
 from v4quant.hub.location import Location, parse_location
 from v4quant.hub.remote_files import open_remote
 
@@ -106,6 +110,11 @@ def test_listings_come_in_pages(hub: TestHub, folder: Path) -> None:
         Fault("/resolve/", status=429, headers={"Retry-After": "7"}),
         Fault("/objects/", host="storage", lost=True, times=2),
         Fault("/resolve/.*config.json", cut=100),
+        Fault("/api/models/me/tiny$", status=503, times=2),
+        Fault("/api/models/me/tiny$", status=429, headers={"Retry-After": "7"}),
+        Fault("/api/models/me/tiny$", lost=True),
+        Fault("/tree/", status=502),
+        Fault("/tree/", status=429, headers={"Retry-After": "7"}),
     ],
     ids=lambda fault: f"{fault.host} {fault.status or ('cut' if fault.cut else 'lost')}",
 )
@@ -139,6 +148,8 @@ REFUSED = [
     (Fault("/api/models/", body=b"<html>a captive portal</html>", status=200), 4),
     (Fault("/tree/", body=b'[{"type": "file"}]', status=200), 4),
     (Fault("/tree/", body=b'{"error": 1}', status=200), 4),
+    (Fault("/tree/", status=429, headers={"Retry-After": "86400"}), 4),
+    (Fault("/api/models/", status=503, times=100), 4),
     (Fault("/objects/", host="storage", status=503, times=100), 4),
     (Fault("/objects/", host="storage", status=429, headers={"Retry-After": "86400"}), 4),
     (Fault("/objects/", host="storage", status=200, body=b"the whole file"), 4),
@@ -242,6 +253,83 @@ def test_what_a_server_echoes_is_scrubbed(
         assert len(errors) < 1_000
         for secret in ("plain-secret-123", TOKEN, "s3cr3t", "\x1b"):
             assert secret not in errors
+
+
+def test_a_traceback_has_no_secrets_either(
+    hub: TestHub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.store.add_folder(REPO, folder)
+    monkeypatch.setenv("V4QUANT_DEBUG", "1")
+    echo = f"{TOKEN} and https://storage/x?X-Amz-Signature=s3cr3t and \x1b[2J"
+    for place, host in (("/api/models/", "hub"), ("/tree/", "hub"), ("/resolve/", "hub"), ("/objects/", "storage")):
+        fault = Fault(place, host=host, status=403, body=json.dumps({"error": echo}).encode(), times=99)
+        hub.faults[:] = [fault]
+        assert main(["inspect", REPO]) == 4
+        errors = capsys.readouterr().err
+        assert "Traceback" in errors
+        assert "HfHubHTTPError" in errors
+        for secret in (TOKEN, "s3cr3t", "\x1b"):
+            assert secret not in errors
+
+
+def test_a_fault_of_ours_shows_no_token(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_argv: list[str]) -> int:
+        raise ZeroDivisionError(f"with {TOKEN}")
+
+    monkeypatch.setattr("v4quant.cli.main.main", fail)
+    with pytest.raises(SystemExit) as ended:
+        run()
+    assert ended.value.code == 1
+    errors = capsys.readouterr().err
+    assert "ZeroDivisionError: with ***" in errors
+    assert TOKEN not in errors
+
+
+def test_a_listing_without_end(hub: TestHub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.store.add_folder(REPO, folder)
+    again = f'<{hub.url()}/api/models/{REPO}/tree/main?cursor=1>; rel="next"'
+    hub.faults.append(Fault("/tree/", status=200, body=b"[]", headers={"Link": again}, times=10**6))
+    assert main(["inspect", REPO]) == 3
+    assert "holds more than 100,000 files" in capsys.readouterr().err
+    assert len(hub.requests) < 1_000
+
+
+def test_a_token_that_cannot_be_sent(
+    hub: TestHub, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.store.add_folder(REPO, folder)
+    monkeypatch.setenv("HF_TOKEN", "hf_t\u00f6k\u00e9n")
+    assert main(["inspect", REPO]) == 4
+    assert "the token holds characters that no token has" in capsys.readouterr().err
+
+
+def test_an_url_that_expires_under_two_readers(hub: TestHub, folder: Path) -> None:
+    hub.store.add_folder(REPO, folder)
+    name = "model-00002-of-00004.safetensors"
+    files, expected = open_remote(Location(REPO)), (folder / name).read_bytes()
+    files.read(name, 0, 8)
+    both = threading.Barrier(2)
+
+    def meet(_request: Request) -> None:
+        both.wait(20)
+
+    hub.faults.append(Fault("/objects/", host="storage", status=403, times=2, strike=meet))
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda start: files.read(name, start, start + 500), [5_000, 6_000]))
+    assert found == [expected[5_000:5_500], expected[6_000:6_500]]
+
+
+def test_a_client_that_another_thread_closes(hub: TestHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub closes the client that all threads share when one of them cannot connect."""
+    hub.store.add_folder(REPO, folder)
+    name = "model-00002-of-00004.safetensors"
+    files = open_remote(Location(REPO))
+    closed = httpx2.Client()
+    closed.close()
+    clients = [closed]
+    monkeypatch.setattr("v4quant.hub.ranges.get_session", lambda: clients.pop() if clients else get_session())
+    assert files.read(name, 5_000, 6_000) == (folder / name).read_bytes()[5_000:6_000]
+    assert hub.waits == [1.0]
 
 
 HOSTILE = [

@@ -171,7 +171,13 @@ def test_parity_and_push_of_what_lies_on_the_branch(
             assert hub.store.content(repo.main[name]) == (chain.fp8 / name).read_bytes(), name
     assert main(["verify", REPO, "--against", f"hf://{SOURCE}@{commit}"]) == 0
     # Once published, the same command finds nothing to do.
-    assert main(["push", str(out), REPO, "--parity", str(report / "parity.json")]) in (0, 4)
+    uploads, commits = len(hub.asked("/upload/", "PUT")), len(repo.commits)
+    assert main(["push", str(out), REPO, "--parity", str(report / "parity.json")]) == 0
+    assert (len(hub.asked("/upload/", "PUT")), len(repo.commits)) == (uploads, commits)
+    # Nor is it taken for published where the shards are no longer.
+    shards = {name: blob for name, blob in repo.main.items() if not name.endswith("00002-of-00004.safetensors")}
+    repo.add_commit("refs/heads/main", "lost", shards)
+    assert main(["push", str(out), REPO, "--parity", str(report / "parity.json")]) == 1
 
 
 def edit_uploads(out: Path, key: str, value: object) -> None:

@@ -47,7 +47,9 @@ def download(
     from v4quant.hub.select import Selection, parse_layers
 
     output = Output(json_mode)
-    selection = Selection(include or (), exclude or (), parse_layers(layers) if layers else None, not no_mtp)
+    selection = Selection(
+        include or (), exclude or (), parse_layers(layers) if layers is not None else None, not no_mtp
+    )
     with ExitStack() as stack:
 
         def begin(total: int) -> Advance:

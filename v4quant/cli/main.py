@@ -6,6 +6,7 @@ Commands import what they need when they run, so that `v4quant --help` is instan
 import io
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -32,6 +33,7 @@ from v4quant.cli import (
 )
 from v4quant.cli._output import escaped
 from v4quant.errors import InterruptedRunError, OutputError, V4QuantError
+from v4quant.words import without_secrets
 
 app = typer.Typer(
     name="v4quant",
@@ -79,13 +81,9 @@ def main(argv: list[str]) -> int:
     except EndedElsewhereError as error:  # the process that has failed says why
         return error.exit_code
     except V4QuantError as error:
-        if os.environ.get("V4QUANT_DEBUG") == "1":
-            raise
         _report(error)
         return error.exit_code
     except OSError as error:  # the library turns its own into errors with a place and a hint
-        if os.environ.get("V4QUANT_DEBUG") == "1":
-            raise
         _report(OutputError(f"cannot write the result: {error.strerror or error}"))
         return OutputError.exit_code
     except KeyboardInterrupt:
@@ -95,6 +93,9 @@ def main(argv: list[str]) -> int:
 
 
 def _report(error: V4QuantError) -> None:
+    if os.environ.get("V4QUANT_DEBUG") == "1":
+        # What a server said stands in the chain of causes, and may echo a token.
+        print(escaped(without_secrets(traceback.format_exc())), file=sys.stderr, end="")
     print(f"error: {escaped(str(error))}", file=sys.stderr)
     if error.hint:
         print(f"hint: {escaped(error.hint)}", file=sys.stderr)
@@ -105,4 +106,9 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without our characters is no reason to fail
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+    except Exception:  # a fault of ours, shown as one
+        print(escaped(without_secrets(traceback.format_exc())), file=sys.stderr, end="")
+        code = V4QuantError.exit_code
+    sys.exit(code)

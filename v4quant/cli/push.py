@@ -43,20 +43,24 @@ def push(
     v4quant push flash-fp8 me/DeepSeek-V4-Flash-FP8 --parity report/parity.json --private
     """
     # numpy and torch load here, so that `v4quant --help` need not wait for them.
+    from v4quant.hub.location import Location
     from v4quant.hub.publish import Target
     from v4quant.hub.push import prepare, send
 
     output = Output(json_mode)
     require_repo_id(repo_id)
     require_revision(revision)
+    if revision.startswith("refs/") or Location(repo_id, revision).is_commit:
+        raise UsageError(f"--revision is {revision!r}, expected a branch", hint="A pull request: --create-pr.")
     if create_pr and revision != "main":
         raise UsageError("--create-pr opens a pull request to main, but --revision is given", hint="Leave one out.")
+    place = Location(repo_id, None if revision == "main" else revision)
     with ExitStack() as stack:
 
         def checking(total: int) -> Advance:
             return stack.enter_context(byte_progress(total, "check"))
 
-        parcel = prepare(folder, repo_id, parity, force=force_unverified, workers=max_workers, progress=checking)
+        parcel = prepare(folder, place, parity, force=force_unverified, workers=max_workers, progress=checking)
     names, total = parcel.names, sum(parcel.names.values())
     facts = {"repo": repo_id, "files": len(names), "bytes": total, "refusals": parcel.exam.refusals}
     if dry_run:

@@ -16,6 +16,7 @@ from v4quant.checkpoint.certificate import verdict_counts
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.errors import CheckpointError
 from v4quant.hub.gate import Exam
+from v4quant.hub.location import Location
 from v4quant.hub.origin import Origin
 from v4quant.parity.evidence import bytes_by_role
 from v4quant.parity.report.figures import number, share
@@ -44,12 +45,12 @@ class Card:
     pictures: Mapping[str, bytes]
 
 
-def build_card(checkpoint: Checkpoint, exam: Exam, origin: Origin | None, repo_id: str) -> Card:
+def build_card(checkpoint: Checkpoint, exam: Exam, origin: Origin | None, target: Location) -> Card:
     """Write the card of a checkpoint.
 
     Args:
         origin: where its source is; None where that was not noted.
-        repo_id: where it will be published.
+        target: where it will be published; the revision is None for main.
 
     Raises:
         CheckpointError: if the parity report lacks what its pictures show.
@@ -57,13 +58,13 @@ def build_card(checkpoint: Checkpoint, exam: Exam, origin: Origin | None, repo_i
     pictures = _pictures(exam)
     parts = [
         f"---\n{yaml_dump(_metadata(checkpoint, origin), sort_keys=False)}---",
-        *([_warning(exam)] if exam.refusals else []),
-        f"# {_plain(repo_id.partition('/')[2])}",
+        *([_warning(exam, checkpoint.where)] if exam.refusals else []),
+        f"# {_plain(target.repo_id.partition('/')[2])}",
         _what(checkpoint, exam, origin),
         _bytes_section(checkpoint, exam, BYTES_PLOT in pictures),
-        *([_exactness(exam)] if exam.certificate else []),
+        *([_exactness(exam)] if exam.is_certified else []),
         *([_parity(exam.report, ERRORS_PLOT in pictures)] if exam.report else []),
-        _verify(exam, origin, repo_id),
+        _verify(exam, origin, target),
     ]
     return Card("\n\n".join(parts) + "\n", pictures)
 
@@ -95,8 +96,10 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, str) and _KEPT_TEXT.fullmatch(value) is not None
 
 
-def _warning(exam: Exam) -> str:
-    reasons = "\n".join(f"> - {_plain(refusal)}" for refusal in exam.refusals[:20])
+def _warning(exam: Exam, where: str) -> str:
+    """What speaks against it, without the place where it lay on the publisher's machine."""
+    here = re.compile(rf"(?<!\S){re.escape(where)}(?:/|(?=[\s:]))")
+    reasons = "\n".join(f"> - {_plain(here.sub('', refusal))}" for refusal in exam.refusals[:20])
     first = "**NOT VERIFIED. This checkpoint did not pass v4quant's gate and was published in spite of it.**"
     return f"> {first}\n>\n{reasons}"
 
@@ -163,11 +166,12 @@ def _parity(report: Mapping[str, Any], has_plot: bool) -> str:
     return text + (f"\n\n![Relative error by layer]({ERRORS_PLOT})" if has_plot else "")
 
 
-def _verify(exam: Exam, origin: Origin | None, repo_id: str) -> str:
-    lines = [f"v4quant verify {repo_id} --against {origin}"] if origin else []
-    lines += [f"v4quant verify {repo_id}"] if exam.certificate else []
+def _verify(exam: Exam, origin: Origin | None, target: Location) -> str:
+    place = str(target) if target.revision else target.repo_id
+    lines = [f"v4quant verify {place} --against {origin}"] if origin else []
+    lines += [f"v4quant verify {place}"] if exam.certificate else []
     if not lines:
-        lines = [f"v4quant inspect {repo_id}"]
+        lines = [f"v4quant inspect {place}"]
     what = "The first decodes both and compares every value. " if origin else ""
     block = "\n".join(lines)
     return (

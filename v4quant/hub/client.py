@@ -18,7 +18,8 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 import v4quant
 from v4quant.errors import UsageError
-from v4quant.hub.errors import hub_errors, remember_secret
+from v4quant.hub.errors import hub_errors
+from v4quant.words import remember_secret
 
 # Seconds. huggingface_hub's own client would wait for ever.
 _TIMEOUT = httpx2.Timeout(60.0, connect=20.0, write=120.0, read=120.0)

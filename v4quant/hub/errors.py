@@ -5,7 +5,6 @@ echoes goes no further.
 """
 
 import contextlib
-import re
 from collections.abc import Iterator
 
 import httpx2
@@ -22,27 +21,16 @@ from huggingface_hub.errors import (
 )
 
 from v4quant.errors import HubError, UsageError, V4QuantError
+from v4quant.words import without_secrets
 
 HINT_LOGIN = "Log in with: hf auth login, or set HF_TOKEN to a token of https://huggingface.co/settings/tokens"
 _HINT_AGAIN = "Run the same command again; what is done is kept."
-_TOKEN = re.compile(r"\b(hf_|hf_oauth_|Bearer\s+)[A-Za-z0-9._~+/=-]{6,}")
-_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
 _MOST_CHARACTERS = 300
-_secrets: set[str] = set()
-
-
-def remember_secret(value: str) -> None:
-    """Let `scrubbed` remove this text, a token that was sent, wherever it turns up."""
-    if len(value) >= 4:
-        _secrets.add(value)
 
 
 def scrubbed(text: str) -> str:
     """Foreign text without tokens and without the signed part of URLs, on one line, cut short."""
-    for secret in _secrets:
-        text = text.replace(secret, "***")
-    text = _QUERY.sub(r"\1?***", _TOKEN.sub("***", text))
-    text = " ".join(text.split())
+    text = " ".join(without_secrets(text).split())
     return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 3] + "..."
 
 
@@ -63,10 +51,11 @@ def hub_errors(where: str) -> Iterator[None]:
         raise
     except HFValidationError as error:
         raise UsageError(f"{where}: {scrubbed(str(error))}") from error
-    except RuntimeError as error:  # huggingface_hub wraps what went wrong with one of many uploads
-        if not isinstance(error.__cause__, HfHubHTTPError | httpx2.HTTPError):
-            raise
-        raise _described(where, error.__cause__) from error
+    except RuntimeError as error:  # Xet's own, or huggingface_hub's around what went wrong with one of many uploads
+        cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError | httpx2.HTTPError) else error
+        raise _described(where, cause) from error
+    except UnicodeEncodeError as error:  # of a header
+        raise HubError(f"{where}: the token holds characters that no token has", hint=HINT_LOGIN) from error
     except (HfHubHTTPError, httpx2.HTTPError, httpx2.InvalidURL, OIDCError, OSError) as error:
         raise _described(where, error) from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -85,6 +74,8 @@ def _described(where: str, error: BaseException) -> HubError:
         return HubError(f"{where}: no token: {scrubbed(str(error))}", hint=HINT_LOGIN)
     if isinstance(error, httpx2.TimeoutException):
         return HubError(f"{where}: the Hub does not answer in time", hint=_HINT_AGAIN)
+    if isinstance(error, RuntimeError):
+        return HubError(f"{where}: the transfer fails: {scrubbed(str(error))}", hint=_HINT_AGAIN)
     what = scrubbed(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
     return HubError(f"{where}: cannot reach the Hub: {what}", hint=f"Check the network. {_HINT_AGAIN}")
 

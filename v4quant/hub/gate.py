@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from v4quant import strict_json
 from v4quant.checkpoint.certificate import (
     CERTIFICATE_NAME,
     CertificateHeader,
@@ -27,15 +26,11 @@ from v4quant.checkpoint.reader import Checkpoint
 from v4quant.checkpoint.verify import verify_hashes
 from v4quant.errors import CheckpointError
 from v4quant.hub.remote_files import RemoteFiles
+from v4quant.hub.report import read_report, report_refusals
 from v4quant.hub.uploads import Uploads, lines_sha256
-from v4quant.parity.evidence import describe
 
-_MAX_REPORT_BYTES = 256 * 2**20
 _SHOWN = 5
 _WORST = 5
-# What a report must say of the candidate: the same that `describe` finds here.
-_HASHES = ("source_id", "index_sha256", "config_sha256", "certificate_sha256")
-_PASSING = ("identical", "indistinguishable")
 Advance = Callable[[int, str], None]
 
 
@@ -50,6 +45,7 @@ class Exam:
         worst: the rounded weights of the largest relative RMS error.
         negative_zeros_lost: over all tensors.
         report: the parity report, if it is of these bytes.
+        is_certified: every byte fits the certificate, so what that says, and a report on it, is true of these bytes.
     """
 
     refusals: list[str] = field(default_factory=list)
@@ -58,6 +54,7 @@ class Exam:
     worst: list[TensorRecord] = field(default_factory=list)
     negative_zeros_lost: int = 0
     report: Mapping[str, Any] | None = None
+    is_certified: bool = False
 
 
 def examine(
@@ -90,6 +87,7 @@ def examine(
                 _examine_bytes(checkpoint, exam, uploads, staged, workers, progress)
         except CheckpointError as error:
             exam.refusals.append(str(error))
+    exam.is_certified = exam.certificate is not None and not exam.refusals
     _examine_report(checkpoint, exam, report)
     return exam
 
@@ -168,47 +166,14 @@ def _examine_report(checkpoint: Checkpoint, exam: Exam, path: Path | None) -> No
     if path is None:
         exam.refusals.append("no parity report: nobody knows whether it computes what its source computes")
         return
-    report = _read_report(path)
+    report = read_report(path)
     if report is None:
         exam.refusals.append(f"{path.name} is no parity report that v4quant writes, or none at all")
         return
-    evidence = report["evidence"]
-    own = describe(checkpoint)
-    other = [key for key in _HASHES if evidence["candidate"].get(key) != own[key]]
-    if other:
-        exam.refusals.append(f"{path.name} is not of these bytes: {', '.join(other)} differ; run v4quant parity again")
-        return
-    reference = evidence.get("reference")
-    if isinstance(reference, dict) and reference.get("source_id") == own["source_id"]:
-        exam.refusals.append(f"{path.name} compares the checkpoint with itself, expected with its source")
-        return
-    exam.report = report
-    if report["verdict"] not in _PASSING:
-        exam.refusals.append(f"{path.name}: the verdict is {report['verdict']!s:.20}, expected {' or '.join(_PASSING)}")
-    for gate in report["gates"]:
-        if gate.get("passed") is not True:
-            exam.refusals.append(f"{path.name}: its gate {gate.get('name')!s:.20} was not passed")
-
-
-def _read_report(path: Path) -> Mapping[str, Any] | None:
-    """A parity report with the keys that are used here and on the card; None if it is none."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        if path.stat().st_size > _MAX_REPORT_BYTES:
-            return None
-        report = strict_json.parse(path.read_bytes())
-        numbers = [report[key] for key in ("kl_mean", "kl_max", "top1")]
-        numbers += [report["noise_floor"][key] for key in ("kl_mean", "kl_max", "top1", "margin")]
-        kinds = [
-            isinstance(report["verdict"], str),
-            isinstance(report["in_words"], str),
-            isinstance(report["gates"], list) and all(isinstance(gate, dict) for gate in report["gates"]),
-            isinstance(report["evidence"]["candidate"], dict),
-            isinstance(report["evidence"]["prompts"], list),
-            isinstance(report["evidence"]["arithmetic"]["activations"], str),
-            isinstance(report["coverage"]["tokens"], int),
-            isinstance(report["bytes_by_role"], dict),
-            isinstance(report["layers"], list),
-            all(isinstance(number, int | float) for number in numbers),
-        ]
-        return report if all(kinds) else None
-    return None
+    strange, failed = report_refusals(report, checkpoint, exam.certificate)
+    if not strange and not exam.is_certified:
+        # Hashes of headers and certificate are those of these bytes only where the bytes are the certificate's.
+        strange = ["cannot be held against these bytes, as no certificate fits them"]
+    exam.refusals += [f"{path.name} {reason}" for reason in strange + failed]
+    if not strange:
+        exam.report = report

@@ -9,16 +9,23 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import httpx2
+from huggingface_hub import get_session
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils._http import hf_raise_for_status
 
 from v4quant.errors import CheckpointError, HubError
 from v4quant.hub.client import Hub
 from v4quant.hub.errors import hub_errors
 from v4quant.hub.location import Location
+from v4quant.hub.retry import persist
 from v4quant.strict_json import parse
 
 MAX_FILES = 100_000
+# Of a thousand entries, folders among them; a server that always names a next one is not followed for ever.
+_MAX_PAGES = 500
 _MAX_NAME = 1_000  # characters; a part of it, 255 bytes, as file systems have it
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
@@ -93,8 +100,7 @@ def resolve(hub: Hub, location: Location) -> str:
     if location.is_commit:
         assert location.revision is not None
         return location.revision
-    with hub_errors(str(location)):
-        commit = hub.api.model_info(location.repo_id, revision=location.revision).sha
+    commit = persist(str(location), lambda: hub.api.model_info(location.repo_id, revision=location.revision).sha)
     if not isinstance(commit, str) or _SHA1.fullmatch(commit) is None:
         raise HubError(f"{location}: the Hub names no commit, found {str(commit)[:60]!r}")
     return commit
@@ -109,14 +115,29 @@ def list_files(hub: Hub, location: Location, commit: str) -> Listing:
     """
     where = f"hf://{location.repo_id}@{commit}"
     found: list[RemoteFile] = []
-    with hub_errors(where):
-        for entry in hub.api.list_repo_tree(location.repo_id, recursive=True, revision=commit):
-            if isinstance(entry, RepoFile):
-                lfs = entry.lfs.sha256 if entry.lfs is not None else None
-                found.append(RemoteFile(entry.path, entry.size, lfs, entry.blob_id, entry.xet_hash))
-            if len(found) > MAX_FILES:
-                raise CheckpointError(f"{where}: holds more than {MAX_FILES:,} files, expected a checkpoint")
+    url: str | None = f"{hub.endpoint}/api/models/{location.repo_id}/tree/{commit}?recursive=true"
+    for _ in range(_MAX_PAGES):
+        response = persist(where, lambda url=url: _page(hub, url))  # type: ignore[misc]
+        with hub_errors(where):
+            found += [_remote_file(entry) for entry in response.json() if entry["type"] == "file"]
+            url = response.links.get("next", {}).get("url")
+        if url is None or len(found) > MAX_FILES:
+            break
+    if url is not None or len(found) > MAX_FILES:
+        raise CheckpointError(f"{where}: holds more than {MAX_FILES:,} files, expected a checkpoint")
     return Listing(location.repo_id, location.revision, commit, checked(found, where))
+
+
+def _page(hub: Hub, url: str) -> httpx2.Response:
+    response = get_session().get(url, headers=hub.headers())
+    hf_raise_for_status(response)
+    return response
+
+
+def _remote_file(entry: dict[str, Any]) -> RemoteFile:
+    file = RepoFile(**entry)  # type: ignore[no-untyped-call]
+    lfs = file.lfs.sha256 if file.lfs is not None else None
+    return RemoteFile(file.path, file.size, lfs, file.blob_id, file.xet_hash)
 
 
 def listing_from_json(text: bytes, location: Location, commit: str) -> Listing:

@@ -23,7 +23,8 @@ from v4quant.hub.client import Hub
 from v4quant.hub.errors import hub_errors
 from v4quant.hub.listing import RemoteFile, checked, list_files
 from v4quant.hub.location import Location
-from v4quant.hub.staging import Branch, Operation, missing, persist, same
+from v4quant.hub.retry import persist
+from v4quant.hub.staging import Branch, Operation, missing, same
 
 _READ_BYTES = 4 * 2**20
 _LAST = {INDEX_NAME, CONFIG_NAME}

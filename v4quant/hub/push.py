@@ -8,7 +8,14 @@ from typing import Any
 
 from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.index import INDEX_NAME
-from v4quant.checkpoint.reader import JOURNAL_NAME, UPLOADS_NAME, Checkpoint, open_checkpoint, open_source
+from v4quant.checkpoint.reader import (
+    JOURNAL_NAME,
+    SHARDS_NAME,
+    UPLOADS_NAME,
+    Checkpoint,
+    open_checkpoint,
+    open_source,
+)
 from v4quant.errors import CheckFailedError, CheckpointError
 from v4quant.hub.card import README_NAME, Card, build_card
 from v4quant.hub.client import Hub, connect
@@ -65,7 +72,7 @@ class Parcel:
 
 def prepare(
     folder: Path,
-    repo_id: str,
+    target: Location,
     parity: Path | None,
     *,
     force: bool,
@@ -75,6 +82,7 @@ def prepare(
     """Examine a folder and write its card; the Hub is asked only for shards that lie there already.
 
     Args:
+        target: where it will be published; the revision is None for main.
         parity: the parity report, or None.
         force: publish in spite of the gate; the card says so in its first line.
         progress: told how many bytes will be hashed; gives what is told bytes hashed, and of which file.
@@ -85,7 +93,7 @@ def prepare(
         HubError: if the Hub is asked and refuses.
     """
     uploads = read_uploads(folder) if folder.is_dir() else None
-    checkpoint, staged = _opened(folder, uploads)
+    checkpoint, staged = _opened(folder, uploads, target)
     exam = examine(checkpoint, parity, uploads, staged, workers=workers, progress=progress(checkpoint.bytes))
     if exam.refusals and not force:
         raise CheckFailedError(
@@ -94,10 +102,10 @@ def prepare(
         )
     checkpoint.require_sound()
     origin = converted_from(folder)
-    card = build_card(checkpoint, exam, origin, repo_id)
+    card = build_card(checkpoint, exam, origin, target)
     made = {README_NAME: card.text.encode(), **card.pictures}
     if exam.report is not None:
-        made[PARITY_NAME] = _public_report(exam.report, repo_id, str(origin) if origin else "")
+        made[PARITY_NAME] = _public_report(exam.report, target.repo_id, str(origin) if origin else "")
     return Parcel(folder, checkpoint, exam, card, made, uploads)
 
 
@@ -131,15 +139,20 @@ def send(parcel: Parcel, target: Target, *, private: bool, progress: Callable[[i
     return publish(hub, target, branch, contents, unchanged, advance)
 
 
-def _opened(folder: Path, uploads: Uploads | None) -> tuple[Checkpoint, RemoteFiles | None]:
+def _opened(folder: Path, uploads: Uploads | None, target: Location) -> tuple[Checkpoint, RemoteFiles | None]:
     """The checkpoint of a folder, its shards read from the Hub where they are there.
 
     Raises:
-        CheckFailedError: if it is an unfinished or damaged one.
+        CheckFailedError: if it is an unfinished, damaged or sharded one.
         CheckpointError: if the folder never was one.
     """
     files = Files(folder)
-    staged = _staged(uploads, connect()) if uploads else None
+    if SHARDS_NAME in files:
+        raise CheckFailedError(
+            f"{folder} is not published:\n  it is sharded over ranks, expected whole tensors",
+            hint=f"Publish the checkpoint that it was made from, or put it together: v4quant merge {folder} OUT",
+        )
+    staged = _staged(uploads, target, connect()) if uploads else None
     try:
         if uploads is None or staged is None:
             return open_checkpoint(folder), staged
@@ -150,8 +163,10 @@ def _opened(folder: Path, uploads: Uploads | None) -> tuple[Checkpoint, RemoteFi
         raise
 
 
-def _staged(uploads: Uploads, hub: Hub) -> RemoteFiles:
-    files = open_remote(Location(uploads.repo_id, uploads.branch), hub)
+def _staged(uploads: Uploads, target: Location, hub: Hub) -> RemoteFiles:
+    """The branch with the shards; once they are published and it is gone, the place where all can see them."""
+    branch = Branch(hub, uploads.repo_id, uploads.branch)
+    files = open_remote(branch.location if branch.exists() else Location(uploads.repo_id, target.revision), hub)
     prefetch_checkpoint(files)
     return files
 

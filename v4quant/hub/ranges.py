@@ -22,7 +22,8 @@ from v4quant.hub.retry import RETRY_STATUS, Patience
 _MAX_REDIRECTS = 8
 # No data for so many seconds, and the connection counts as broken.
 _TIMEOUT = httpx2.Timeout(30.0, connect=20.0)
-_PASSING = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
+# The last where huggingface_hub, in another thread that cannot connect, closes the client that all share.
+_PASSING = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError, RuntimeError)
 
 
 class _TryAgainError(Exception):
@@ -101,7 +102,7 @@ class Ranges:
                     url = self._next(file, url, response)
                     continue
                 if url == kept and response.status_code in (401, 403, 404, 410):
-                    del self._storage_urls[file.name]
+                    self._storage_urls.pop(file.name, None)  # another thread may have found it expired, too
                     raise _TryAgainError("the storage's URL has expired")
                 self._require_range(file, response, start, stop)
                 yield response

@@ -2,14 +2,21 @@
 
 import email.utils
 import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import httpx2
+from huggingface_hub.errors import HfHubHTTPError
 
 from v4quant.errors import HubError
+from v4quant.hub.errors import hub_errors
 
 _WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds
 # What a server may ask for; a Retry-After beyond it ends the run with a message rather than an hour of silence.
 MAX_RETRY_AFTER = 300.0
 RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 sleep = time.sleep
+_Result = TypeVar("_Result")
 
 
 class Patience:
@@ -42,6 +49,30 @@ class Patience:
             raise HubError(f"{self._where}: {why}; the Hub asks to wait {seconds:,.0f} s", hint="Run it again then.")
         sleep(max(seconds or 0.0, _WAITS[self._failures]))
         self._failures += 1
+
+
+def persist(where: str, call: Callable[[], _Result]) -> _Result:
+    """Call the Hub until it answers; huggingface_hub itself tries most calls once.
+
+    Args:
+        where: for messages.
+        call: may be repeated without harm.
+
+    Raises:
+        HubError: if the Hub refuses, or fails again and again.
+    """
+    patience = Patience(where)
+    while True:
+        with hub_errors(where):
+            try:
+                return call()
+            except HfHubHTTPError as error:
+                if error.response is None or error.response.status_code not in RETRY_STATUS:
+                    raise
+                why, after = f"the Hub fails ({error.response.status_code})", error.response.headers.get("Retry-After")
+            except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
+                why, after = type(error).__name__, None
+        patience.wait(why, after)
 
 
 def _seconds(retry_after: str | None) -> float | None:

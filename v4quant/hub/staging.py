@@ -5,21 +5,17 @@ Each call may be repeated: what is there already is not sent again, and an answe
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, ModelInfo
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from v4quant.errors import HubError
 from v4quant.hub.client import Hub
-from v4quant.hub.errors import hub_errors
 from v4quant.hub.listing import Listing, RemoteFile, list_files, resolve
 from v4quant.hub.location import Location
-from v4quant.hub.retry import RETRY_STATUS, Patience
+from v4quant.hub.retry import persist
 
 Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
-_Result = TypeVar("_Result")
 _THREADS = 4
 
 
@@ -48,12 +44,15 @@ class Branch:
         Raises:
             HubError: if the Hub refuses or cannot be reached.
         """
-        with hub_errors(str(self.location)):
+
+        def look() -> bool:
             try:
                 self.hub.api.model_info(self.repo_id, revision=self.name)
             except (RepositoryNotFoundError, RevisionNotFoundError):
                 return False
-        return True
+            return True
+
+        return persist(str(self.location), look)
 
     def make(self) -> None:
         """Make the branch where it is missing, from main.
@@ -104,30 +103,6 @@ class Branch:
         persist(str(self.location), commit)
 
 
-def persist(where: str, call: Callable[[], _Result]) -> _Result:
-    """Call the Hub until it answers; huggingface_hub itself tries its commits once.
-
-    Args:
-        where: for messages.
-        call: may be repeated without harm.
-
-    Raises:
-        HubError: if the Hub refuses, or fails again and again.
-    """
-    patience = Patience(where)
-    while True:
-        with hub_errors(where):
-            try:
-                return call()
-            except HfHubHTTPError as error:
-                if error.response is None or error.response.status_code not in RETRY_STATUS:
-                    raise
-                why, after = f"the Hub fails ({error.response.status_code})", error.response.headers.get("Retry-After")
-            except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
-                why, after = type(error).__name__, None
-        patience.wait(why, after)
-
-
 def make_repo(hub: Hub, repo_id: str, *, private: bool) -> None:
     """Make a repository where it is missing.
 
@@ -138,11 +113,14 @@ def make_repo(hub: Hub, repo_id: str, *, private: bool) -> None:
         HubError: if the Hub refuses or cannot be reached.
     """
     where = f"hf://{repo_id}"
-    with hub_errors(where):
+
+    def look() -> ModelInfo | None:
         try:
-            info = hub.api.model_info(repo_id)
+            return hub.api.model_info(repo_id)
         except RepositoryNotFoundError:
-            info = None
+            return None
+
+    info = persist(where, look)
     if info is None:
         persist(where, lambda: hub.api.create_repo(repo_id, private=private or None, exist_ok=True))
     elif private and not info.private:
