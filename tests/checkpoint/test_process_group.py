@@ -5,6 +5,7 @@ import time
 from collections import Counter
 
 import pytest
+import torch.distributed
 
 from tests.checkpoint.process_groups import BreakableStore, group_of, in_processes, new_store
 from v4quant.checkpoint import process_group, process_store
@@ -199,6 +200,22 @@ def test_a_store_that_is_gone_ends_everybody() -> None:
     for found in in_processes(2, work, store):
         assert isinstance(found, LostProcessError)
         assert "cannot reach the other processes of this job: Connection reset by peer" in str(found)
+
+
+def test_who_waits_in_a_part_of_the_store_keeps_no_heartbeat_back() -> None:
+    """Collectives wait there for processes that may take minutes to load."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store, came = JobStore(0, 1, server), []
+    waiting = threading.Thread(target=lambda: came.append(store.part("ranks").get("rank 1")))
+    waiting.start()
+    waiting.join(0.2)
+    beating = threading.Thread(target=lambda: store.put("alive/0", 1), daemon=True)
+    beating.start()
+    beating.join(20)
+    is_free, is_waiting = not beating.is_alive(), waiting.is_alive()
+    torch.distributed.TCPStore("127.0.0.1", server.port).set(f"v4quant/{store.token}/ranks/rank 1", "here")
+    waiting.join(20)
+    assert (is_free, is_waiting, came) == (True, True, [b"here"])
 
 
 def test_others_that_never_come(monkeypatch: pytest.MonkeyPatch) -> None:

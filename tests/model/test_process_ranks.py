@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from tests.model.cut import GRIDS, cut
 from tests.model.references import named
 from tests.model.run_ranks import outputs
 from v4quant.checkpoint.grid import Grid
+from v4quant.checkpoint.process_group import ProcessGroup
+from v4quant.checkpoint.process_store import LostProcessError
 from v4quant.errors import UsageError
 from v4quant.model.arithmetic import Arithmetic
-from v4quant.model.process_ranks import require_processes
+from v4quant.model.process_ranks import ProcessRanks, require_processes
 from v4quant.model.ranked import virtual_model
 
 BASE = named("tiny-base")
@@ -58,6 +61,28 @@ def test_all_end_when_one_does(fault: str, tmp_path: Path) -> None:
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said == ["error: this rank has had enough"] if fault == "error" else "SIGKILL" in done.stderr
     assert 'run_ranks.py", line' not in done.stderr, "torchrun shows where it failed itself; the ranks do not"
+
+
+def test_what_never_returns_is_left_when_another_process_is_lost() -> None:
+    """A process that is stopped while it connects, or while it sends."""
+
+    class Group(ProcessGroup):
+        def check(self) -> None:
+            raise LostProcessError("process 1 of 2 has not been heard of")
+
+    ranks, over = ProcessRanks.__new__(ProcessRanks), threading.Event()
+    ranks._group = Group()
+    with pytest.raises(LostProcessError, match="has not been heard of"):
+        ranks._aside(over.wait)
+    over.set()
+    ranks._group = ProcessGroup()
+    assert ranks._aside(over.is_set) is True
+    with pytest.raises(LostProcessError, match="lost another process of this job: Connection closed"):
+        ranks._aside(_closed)
+
+
+def _closed() -> None:
+    raise RuntimeError("Connection closed by peer")
 
 
 def test_as_many_processes_as_ranks() -> None:

@@ -118,11 +118,15 @@ class JobStore:
             raise _unreachable(_first_line(error)) from error
 
     def part(self, name: str) -> Any:
-        """A part of the store under a name of its own: a torch.distributed.Store, in which collectives can meet."""
+        """A part of the store under a name of its own: a torch.distributed.Store, in which collectives can meet.
+
+        It has a connection of its own: on the job's, whoever waits for a value would keep heartbeats back.
+        """
         from torch.distributed.distributed_c10d import PrefixStore, Store
 
         assert isinstance(self._store, Store)
-        return PrefixStore(self._key(name), self._store)
+        with self._store_errors():
+            return PrefixStore(self._key(name), self._store.clone())
 
     def _key(self, topic: str) -> str:
         return f"v4quant/{self.token}/{topic}"
