@@ -134,6 +134,29 @@ def test_one_that_fails_stops_the_others_at_their_next_step(failing: int) -> Non
         assert found.exit_code == 3
 
 
+def test_one_that_has_nothing_more_to_do_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    settle = process_group._settle
+
+    def measured(store: JobStore, topics: list[str]) -> None:
+        start = time.monotonic()
+        settle(store, topics)
+        waited.append(time.monotonic() - start)
+
+    def work(group: ProcessGroup) -> None:
+        if group.is_first:
+            group.gather(None)
+            time.sleep(0.1)
+            raise OutputError("disk full")
+        group.gather(None)
+
+    monkeypatch.setattr(process_group, "_settle", measured)
+    first, second = in_processes(2, work)
+    assert isinstance(first, OutputError)
+    assert second is None
+    assert max(waited) < process_group.SETTLE_SECONDS / 2
+
+
 def test_of_two_that_fail_one_speaks() -> None:
     def work(group: ProcessGroup) -> None:
         raise OutputError(f"disk {group.rank} is full")

@@ -276,6 +276,21 @@ def test_a_process_that_reads_another_source(native: Path, own: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_process_that_sees_an_older_version_of_the_source(native: Path, own: Path, tmp_path: Path) -> None:
+    """Sizes and headers are the same, as where a machine's cache is behind."""
+    edit(own, EXPERT, lambda rows: rows[:1].__ixor__(1))
+
+    def work(group: ProcessGroup) -> ApplyReport:
+        return apply(plan_of(native if group.is_first else own, "fp8"), tmp_path / "out", group=group)
+
+    first, second = in_processes(2, work)
+    assert isinstance(first, EndedElsewhereError)
+    assert isinstance(second, CheckpointError)
+    assert "process 1 on" in str(second)
+    assert "sees another version of model-00004-of-00007.safetensors there than process 0" in str(second)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_is_not_shared(native: Path, tmp_path: Path) -> None:
     """Even where an earlier run of the same plan has left a journal in it."""
     here, there = tmp_path / "here", tmp_path / "there"
@@ -347,6 +362,21 @@ def test_the_same_findings(
         assert first == expected
         # The others did their part of it.
         assert all(isinstance(other, VerifyReport) and other.verdicts.total() > 0 for other in others)
+
+
+@pytest.mark.parametrize("verify", [verify_hashes, verify_values])
+def test_a_process_that_verifies_another_checkpoint(
+    verify: Callable[..., VerifyReport], native: Path, alone: Callable[..., Path], damaged: Path
+) -> None:
+    """A sound one would hide the damage that the first process leaves to it."""
+
+    def work(group: ProcessGroup) -> VerifyReport:
+        out = damaged if group.is_first else alone("fp8")
+        return verify(*map(open_checkpoint, [out] if verify is verify_hashes else [out, native]), group=group)
+
+    first = in_processes(2, work)[0]
+    assert isinstance(first, CheckpointError)
+    assert f"{damaged}: process 1 sees another checkpoint there than process 0" in str(first)
 
 
 def test_a_damaged_certificate_is_named_once(alone: Callable[..., Path], tmp_path: Path) -> None:

@@ -184,7 +184,8 @@ class ProcessGroup:
         if self._store is None:
             return
         with contextlib.suppress(LostProcessError):
-            self._store.put(f"closed/{self.rank}", True)
+            for part in ("ended", "closed"):
+                self._store.put(f"{part}/{self.rank}", True)
             if self.is_first and error is None:
                 # It may hold the store, so it goes last.
                 _settle(self._store, [f"closed/{rank}" for rank in range(1, self.size)])
