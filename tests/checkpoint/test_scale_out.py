@@ -418,6 +418,7 @@ def test_one_process_killed_and_restarted_by_torchrun(native: Path, alone: Calla
         assert [(out / name).stat().st_ino, (out / name).stat().st_mtime_ns] == seen, f"{name} was written again"
 
 
+@pytest.mark.slow
 def test_all_processes_killed_then_continued_by_one_and_by_three(
     native: Path, alone: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -428,15 +429,18 @@ def test_all_processes_killed_then_continued_by_one_and_by_three(
     assert list(out.glob("*.partial"))
     before = json.loads(snapshot.read_text())
     again = shutil.copytree(out, tmp_path / "again", copy_function=shutil.copy2)
+    kept = finished(again)  # all that were, as others went on between the snapshot and their end
+    assert kept.keys() >= before.keys()
     assert main(command) == 0
     assert_same_checkpoint(out, alone("bf16"))
     for name, seen in before.items():
         assert [(out / name).stat().st_ino, (out / name).stat().st_mtime_ns] == seen, f"{name} was written again"
     reports = together(3, native, again, "bf16")
-    assert [getattr(report, "resumed_shards", report) for report in reports] == [len(before)] * 3
+    assert [getattr(report, "resumed_shards", report) for report in reports] == [len(kept)] * 3
     assert_same_checkpoint(again, alone("bf16"))
 
 
+@pytest.mark.slow
 def test_verify_under_torchrun(native: Path, damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["verify", str(damaged), "--against", str(native), "--json"]
     done = torchrun(2, "-m", "v4quant", *command)
