@@ -5,7 +5,7 @@ import time
 from collections import Counter
 
 import pytest
-import torch.distributed
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.checkpoint.process_groups import BreakableStore, group_of, in_processes, new_store
 from v4quant.checkpoint import process_group, process_store
@@ -227,7 +227,7 @@ def test_a_store_that_is_gone_ends_everybody() -> None:
 
 def test_who_waits_in_a_part_of_the_store_keeps_no_heartbeat_back() -> None:
     """Collectives wait there for processes that may take minutes to load."""
-    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store, came = JobStore(0, 1, server), []
     waiting = threading.Thread(target=lambda: came.append(store.part("ranks").get("rank 1")))
     waiting.start()
@@ -236,7 +236,7 @@ def test_who_waits_in_a_part_of_the_store_keeps_no_heartbeat_back() -> None:
     beating.start()
     beating.join(20)
     is_free, is_waiting = not beating.is_alive(), waiting.is_alive()
-    torch.distributed.TCPStore("127.0.0.1", server.port).set(f"v4quant/{store.token}/ranks/rank 1", "here")
+    TCPStore("127.0.0.1", server.port).set(f"v4quant/{store.token}/ranks/rank 1", "here")
     waiting.join(20)
     assert (is_free, is_waiting, came) == (True, True, [b"here"])
 

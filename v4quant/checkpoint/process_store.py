@@ -126,7 +126,8 @@ class JobStore:
 
         assert isinstance(self._store, Store)
         with self._store_errors():
-            return PrefixStore(self._key(name), self._store.clone())
+            connection = self._store.clone()  # type: ignore[attr-defined]  # PyTorch's stubs lack it
+        return PrefixStore(self._key(name), connection)
 
     def _key(self, topic: str) -> str:
         return f"v4quant/{self.token}/{topic}"
