@@ -241,6 +241,23 @@ def test_who_waits_in_a_part_of_the_store_keeps_no_heartbeat_back() -> None:
     assert (is_free, is_waiting, came) == (True, True, [b"here"])
 
 
+@pytest.mark.parametrize("value", ["{", "°", "7", "[1, 2, 3]", "null"])
+def test_a_store_in_which_another_program_writes(value: str) -> None:
+    store = new_store()
+
+    def work(group: ProcessGroup) -> None:
+        group.barrier()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            store.set(f"v4quant/{group.token}/alive/{1 - group.rank}", value)
+            group.check()
+            time.sleep(0.001)
+
+    found = in_processes(2, work, store)
+    assert {getattr(error, "exit_code", error) for error in found} == {4}
+    assert any(isinstance(error, LostProcessError) for error in found)
+
+
 def test_others_that_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_store, "START_SECONDS", 0.05)
     with pytest.raises(LostProcessError, match="seconds for 2 of 3 processes of this job to start"):

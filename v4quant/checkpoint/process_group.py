@@ -224,6 +224,9 @@ class ProcessGroup:
             except V4QuantError as error:
                 self._trouble = error
                 return
+            except (TypeError, ValueError):
+                self._trouble = LostProcessError("what stands for a heartbeat in the store is none", hint=LOST_HINT)
+                return
 
     def _listen(self, store: JobStore, rank: int, last: "_Heartbeat") -> "_Heartbeat":
         """The newest heartbeat of a process, given the last.

@@ -107,13 +107,13 @@ class JobStore:
         """Turn what the store says into one clear error; a store that was lost is not asked again.
 
         Raises:
-            LostProcessError: for every error of torch.distributed.
+            LostProcessError: for every error of torch.distributed, and for a value that is no JSON.
         """
         if self._is_lost:
             raise _unreachable("the connection was lost")
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # a ValueError: something else than v4quant writes there
             self._is_lost = True
             raise _unreachable(_first_line(error)) from error
 
@@ -182,7 +182,7 @@ def _unreachable(reason: str) -> LostProcessError:
     return LostProcessError(f"cannot reach the other processes of this job: {reason}", hint=LOST_HINT)
 
 
-def _first_line(error: RuntimeError) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0][:200]
 
 
