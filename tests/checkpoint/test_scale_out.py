@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from tests.checkpoint.conversion import convert, edit, plan_of
 from tests.checkpoint.journals import finished
 from tests.checkpoint.process_groups import in_processes
-from v4quant.checkpoint import process_group
+from v4quant.checkpoint import journal_keeper, process_group
 from v4quant.checkpoint.apply import ApplyReport, apply
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME, RoundingRefusedError
 from v4quant.checkpoint.journal import Journal, lock_journal
@@ -259,6 +260,25 @@ def test_a_journal_that_cannot_be_written_ends_all(
     assert str(first) == "the journal's disk is full"
     assert isinstance(second, EndedElsewhereError)
     assert_only_whole_files(tmp_path / "out", alone("fp8"))
+
+
+def test_a_first_process_that_fails_does_not_wait_for_the_others_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_keeper, "_COLLECT_SECONDS", 0.001)
+    asked: list[str] = []
+
+    class Group(ProcessGroup):
+        def receive(self, topic: str) -> Any:
+            asked.append(topic)
+            return None if len(asked) < 1000 else []
+
+    journal = lock_journal(tmp_path)
+    keeper = journal_keeper.JournalKeeper(journal, Group(), [["own"], ["shard of another"]])
+    with pytest.raises(OutputError, match="disk full"), keeper.collecting(threading.Event()):
+        raise OutputError("disk full")
+    journal.close()
+    assert len(asked) < 1000
 
 
 def test_a_process_that_reads_another_source(native: Path, own: Path, tmp_path: Path) -> None:

@@ -169,10 +169,7 @@ class RankWorker:
 
     def collapse(self, mtp: int | None, streams: torch.Tensor, how: How) -> torch.Tensor | None:
         """What streams bring to the vocabulary matrix, float32 [T, d]."""
-        if not self._is_last:
-            return None
-        head = self._head(mtp)
-        return head.collapse(streams, self._ops(how)) if self._tells else None
+        return self._head(mtp).collapse(streams, self._ops(how)) if self._is_last and self._tells else None
 
     def product(self, mtp: int | None, x: torch.Tensor, piece: range, how: How) -> torch.Tensor | None:
         """Logits of the rows of a piece that this rank holds, float32 [T, held]; where ranks hold copies, of one."""
