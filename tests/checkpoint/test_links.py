@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from v4quant.checkpoint.files import Files
 from v4quant.checkpoint.journal import lock_journal
 from v4quant.checkpoint.journal_keeper import JournalKeeper
 from v4quant.checkpoint.layout import Packing
+from v4quant.checkpoint.output import ShardFile, write_file
 from v4quant.checkpoint.reader import JOURNAL_NAME, open_checkpoint
 from v4quant.checkpoint.verify import verify_against
 from v4quant.cli.main import main
@@ -285,6 +287,25 @@ def test_a_link_of_another_name_does_not_stand_for_a_shard(source: Path, tmp_pat
 
 def assert_same_checkpoint_weights(out: Path, source: Path) -> None:
     assert [path.read_bytes() for path in weights(out)] == [path.read_bytes() for path in weights(source)]
+
+
+def test_a_link_that_cannot_get_its_name_is_not_left(source: Path, tmp_path: Path) -> None:
+    first = weights(source)[0]
+    (tmp_path / first.name).mkdir()
+    assert linked_files.make_links(Files(source), tmp_path, {first.name: first.name}) == {}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("write", [lambda path: ShardFile(path, b"header", 100), lambda path: write_file(path, [b"x"])])
+def test_a_link_that_a_killed_run_has_left_is_not_written_to(
+    source: Path, tmp_path: Path, write: Callable[[Path], object]
+) -> None:
+    """It is another name of a source file."""
+    first = weights(source)[0]
+    before = first.read_bytes()
+    (tmp_path / f"{first.name}.partial").hardlink_to(first)
+    write(tmp_path / first.name)
+    assert first.read_bytes() == before
 
 
 def test_a_split_file_is_not_unchanged(source: Path) -> None:

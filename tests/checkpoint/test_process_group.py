@@ -5,6 +5,7 @@ import time
 from collections import Counter
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.checkpoint.process_groups import BreakableStore, group_of, in_processes, new_store
 from v4quant.checkpoint import process_group, process_store
@@ -133,6 +134,29 @@ def test_one_that_fails_stops_the_others_at_their_next_step(failing: int) -> Non
         assert found.exit_code == 3
 
 
+def test_one_that_has_nothing_more_to_do_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    settle = process_group._settle
+
+    def measured(store: JobStore, topics: list[str]) -> None:
+        start = time.monotonic()
+        settle(store, topics)
+        waited.append(time.monotonic() - start)
+
+    def work(group: ProcessGroup) -> None:
+        if group.is_first:
+            group.gather(None)
+            time.sleep(0.1)
+            raise OutputError("disk full")
+        group.gather(None)
+
+    monkeypatch.setattr(process_group, "_settle", measured)
+    first, second = in_processes(2, work)
+    assert isinstance(first, OutputError)
+    assert second is None
+    assert max(waited) < process_group.SETTLE_SECONDS / 2
+
+
 def test_of_two_that_fail_one_speaks() -> None:
     def work(group: ProcessGroup) -> None:
         raise OutputError(f"disk {group.rank} is full")
@@ -199,6 +223,39 @@ def test_a_store_that_is_gone_ends_everybody() -> None:
     for found in in_processes(2, work, store):
         assert isinstance(found, LostProcessError)
         assert "cannot reach the other processes of this job: Connection reset by peer" in str(found)
+
+
+def test_who_waits_in_a_part_of_the_store_keeps_no_heartbeat_back() -> None:
+    """Collectives wait there for processes that may take minutes to load."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store, came = JobStore(0, 1, server), []
+    waiting = threading.Thread(target=lambda: came.append(store.part("ranks").get("rank 1")))
+    waiting.start()
+    waiting.join(0.2)
+    beating = threading.Thread(target=lambda: store.put("alive/0", 1), daemon=True)
+    beating.start()
+    beating.join(20)
+    is_free, is_waiting = not beating.is_alive(), waiting.is_alive()
+    TCPStore("127.0.0.1", server.port).set(f"v4quant/{store.token}/ranks/rank 1", "here")
+    waiting.join(20)
+    assert (is_free, is_waiting, came) == (True, True, [b"here"])
+
+
+@pytest.mark.parametrize("value", ["{", "°", "7", "[1, 2, 3]", "null"])
+def test_a_store_in_which_another_program_writes(value: str) -> None:
+    store = new_store()
+
+    def work(group: ProcessGroup) -> None:
+        group.barrier()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            store.set(f"v4quant/{group.token}/alive/{1 - group.rank}", value)
+            group.check()
+            time.sleep(0.001)
+
+    found = in_processes(2, work, store)
+    assert {getattr(error, "exit_code", error) for error in found} == {4}
+    assert any(isinstance(error, LostProcessError) for error in found)
 
 
 def test_others_that_never_come(monkeypatch: pytest.MonkeyPatch) -> None:

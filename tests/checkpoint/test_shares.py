@@ -30,6 +30,10 @@ def test_files_of_a_release() -> None:
     assert share_files({}, 3) == [[], [], []]
 
 
+def test_the_largest_file_is_given_first() -> None:
+    assert share_files({"a": 1, "b": 1, "c": 2}, 2) == [["c"], ["a", "b"]]
+
+
 @given(SIZES, PROCESSES)
 def test_in_order(sizes: list[int], processes: int) -> None:
     ranks = share_in_order(sizes, processes)

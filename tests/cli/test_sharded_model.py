@@ -86,6 +86,7 @@ def test_reference(sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "wrote" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_numbers_of_processes(sharded: Path) -> None:
     """One message, whichever process is the first to say it, and the exit code of torchrun."""
     done = under_torchrun(3, "parity", str(sharded), *SHORT)

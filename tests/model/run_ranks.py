@@ -1,6 +1,8 @@
-"""Run a sharded checkpoint as one process of a job, and save what every layer gives: started by test_process_ranks.py.
+"""Run sharded checkpoints as one process of a job, and save what every layer gives: started by test_process_ranks.py.
 
-python -m torch.distributed.run --nproc-per-node N tests/model/run_ranks.py SHARDED OUT [fault]
+python -m torch.distributed.run --nproc-per-node N tests/model/run_ranks.py FAULT SHARDED ...
+
+Outputs of each lie beside it, in NAME.pt; FAULT is "none" or what happens to the second process: "error" or "killed".
 """
 
 import os
@@ -51,7 +53,8 @@ class Faulty(RankWorker):
         return super().do(order)
 
 
-def main(folder: Path, out: Path, fault: str = "") -> None:
+def run(folder: Path, fault: str) -> None:
+    """One checkpoint, in a job of its own."""
     sharded = open_ranks(folder)
     device = torch.device("cpu")
     with (
@@ -62,8 +65,8 @@ def main(folder: Path, out: Path, fault: str = "") -> None:
     ):
         if group.is_first:
             with process_model(sharded, Arithmetic(), device, processes) as model:
-                torch.save(outputs(model), out)
-        elif fault and group.rank == 1:
+                torch.save(outputs(model), folder.with_suffix(".pt"))
+        elif fault != "none" and group.rank == 1:
             Faulty.fault = fault
             processes.serve(lambda s: Faulty(sharded.ranks[1], s.arithmetic, device, s.config, processes.ranks))
         else:
@@ -72,7 +75,8 @@ def main(folder: Path, out: Path, fault: str = "") -> None:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+        for folder in sys.argv[2:]:
+            run(Path(folder), sys.argv[1])
     except EndedElsewhereError as ended:
         sys.exit(ended.exit_code)
     except V4QuantError as error:

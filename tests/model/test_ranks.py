@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from v4quant.model.rank_worker import Order, RankWorker
 from v4quant.model.ranked import RankedModel, virtual_model
 from v4quant.model.ranks import Ranks
 from v4quant.model.reordered import Reordered
+from v4quant.model.router import pick_experts
 from v4quant.model.streaming import BlockResult, Model, Pass, StreamedModel, take
 from v4quant.model.virtual_ranks import VirtualRanks
 from v4quant.model.weights import Matrix
@@ -214,6 +216,21 @@ def test_partial_products_add_up(how: type[Reordered] | type[Counted]) -> None:
         assert torch.equal(
             ops.prepare(x, matrix), torch.cat([ops.prepare(own.contiguous(), matrix) for own in x.chunk(2, 1)], 1)
         )
+
+
+def test_picks_are_the_first_ranks(cuts: Callable[[str, str], Sharded], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine's last bit must not have an expert run twice, or nowhere."""
+
+    def picks(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        indices, weights = pick_experts(*arguments)
+        return (indices + 1) % 8 if threading.current_thread().name == "rank 1" else indices, weights
+
+    found = []
+    for pick in (pick_experts, picks):
+        monkeypatch.setattr("v4quant.model.block.pick_experts", pick)
+        with torch.inference_mode(), virtual_model(cuts("tiny-base", "ep2"), Arithmetic(), "cpu") as model:
+            found.append(through(model, 1, BASE.ids[:5], whole("tiny-base")[0][1][:5]))
+    assert torch.equal(found[0], found[1])
 
 
 class Adder:

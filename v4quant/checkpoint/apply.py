@@ -25,6 +25,7 @@ from v4quant.checkpoint.certificate import (
     verdict_counts,
     worst_first,
 )
+from v4quant.checkpoint.file_stamp import seen_differently
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.journal import Journal, JournalHeader
 from v4quant.checkpoint.journal_keeper import JournalKeeper, send_records
@@ -157,11 +158,12 @@ class _Run:
             self._open_journal(overwrite=overwrite)
             if self.group.size > 1:
                 write_file(mark, [])
-        found = self.group.broadcast([self._plan.digest, sorted(self.finished), self.links])
+        plan = self._plan
+        found = self.group.broadcast([plan.digest, plan.fingerprints(), sorted(self.finished), self.links])
         if not self.group.is_first:
-            digest, finished, self.links = found
+            digest, fingerprints, finished, self.links = found
             self.finished = set(finished)
-            self._require_same_run(digest, mark)
+            self._require_same_run(digest, fingerprints, mark)
         self.group.barrier()  # nobody writes before all have agreed
 
     def _open_journal(self, *, overwrite: bool) -> None:
@@ -192,11 +194,11 @@ class _Run:
             source is not None and is_link(self._plan.source.files, source, path)
         )
 
-    def _require_same_run(self, digest: str, mark: Path) -> None:
+    def _require_same_run(self, digest: str, fingerprints: dict[str, str], mark: Path) -> None:
         """Check in another process that it takes part in the first one's run.
 
         Raises:
-            CheckpointError: if it has another plan.
+            CheckpointError: if it has another plan, or sees another version of a file.
             OutputError: if it has another folder.
         """
         who = f"process {self.group.rank} on {socket.gethostname()}"
@@ -204,6 +206,11 @@ class _Run:
             raise CheckpointError(
                 f"{self._plan.source.where}: {who} reads another checkpoint there than process 0",
                 hint="Give all processes the same source and options, and the same version of v4quant.",
+            )
+        if changed := seen_differently(self._plan.fingerprints(), fingerprints):
+            raise CheckpointError(
+                f"{self._plan.source.where}: {who} sees another version of {changed[0]} there than process 0",
+                hint="Leave the source alone while it is read, and give a folder that all machines share.",
             )
         if not mark.is_file():
             raise OutputError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -43,3 +44,21 @@ def is_same_fingerprint(first: str, second: str) -> bool:
     with contextlib.suppress(ValueError, TypeError):
         return Stamp(*map(int, first.split(" "))).is_same(Stamp(*map(int, second.split(" "))))
     return first == second
+
+
+def is_same_elsewhere(first: str, second: str) -> bool:
+    """True if two fingerprints, taken by two processes, are of the same file as both see it.
+
+    Of a file on a shared disk its size and the time of its last change of data must do: links may come and go between
+    the two looks, and a machine may number files in its own way.
+    """
+    ours, theirs = first.split(" "), second.split(" ")
+    is_stamp = len(ours) == len(theirs) == len(Stamp._fields)
+    return ours[:2] == theirs[:2] if is_stamp else first == second
+
+
+def seen_differently(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """Names of the files that another process sees as others; by name their fingerprints."""
+    both = ours.keys() & theirs.keys()
+    changed = {name for name in both if not is_same_elsewhere(ours[name], theirs[name])}
+    return sorted((ours.keys() ^ theirs.keys()) | changed)

@@ -108,5 +108,7 @@ def _link(files: Source, source: str, path: Path) -> bool:
             return False
         partial.replace(path)
     except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         return False
     return True

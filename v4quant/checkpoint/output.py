@@ -71,7 +71,8 @@ class StreamedFile:
         self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._partial.open("wb")
+            self._partial.unlink(missing_ok=True)  # as of a ShardFile
+            self._file = self._partial.open("xb")
 
     def __enter__(self) -> "StreamedFile":
         return self
@@ -126,7 +127,9 @@ class ShardFile:
         self.path = path
         self._partial = partial or path.with_name(path.name + PARTIAL_SUFFIX)
         with disk_errors(path):
-            flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if again else os.O_CREAT | os.O_TRUNC)
+            if not again:  # what a killed run left may be another name of a source file, which must not be written to
+                self._partial.unlink(missing_ok=True)
+            flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if again else os.O_CREAT | os.O_EXCL)
             self._descriptor = os.open(self._partial, flags, 0o644)
             self._direct = DirectFile(str(self._partial), self._descriptor, os.O_WRONLY)
         if again:

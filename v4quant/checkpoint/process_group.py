@@ -184,7 +184,8 @@ class ProcessGroup:
         if self._store is None:
             return
         with contextlib.suppress(LostProcessError):
-            self._store.put(f"closed/{self.rank}", True)
+            for part in ("ended", "closed"):
+                self._store.put(f"{part}/{self.rank}", True)
             if self.is_first and error is None:
                 # It may hold the store, so it goes last.
                 _settle(self._store, [f"closed/{rank}" for rank in range(1, self.size)])
@@ -222,6 +223,9 @@ class ProcessGroup:
                     seen[rank] = self._listen(store, rank, last)
             except V4QuantError as error:
                 self._trouble = error
+                return
+            except (TypeError, ValueError):
+                self._trouble = LostProcessError("what stands for a heartbeat in the store is none", hint=LOST_HINT)
                 return
 
     def _listen(self, store: JobStore, rank: int, last: "_Heartbeat") -> "_Heartbeat":

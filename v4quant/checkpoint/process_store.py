@@ -107,22 +107,27 @@ class JobStore:
         """Turn what the store says into one clear error; a store that was lost is not asked again.
 
         Raises:
-            LostProcessError: for every error of torch.distributed.
+            LostProcessError: for every error of torch.distributed, and for a value that is no JSON.
         """
         if self._is_lost:
             raise _unreachable("the connection was lost")
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # a ValueError: something else than v4quant writes there
             self._is_lost = True
             raise _unreachable(_first_line(error)) from error
 
     def part(self, name: str) -> Any:
-        """A part of the store under a name of its own: a torch.distributed.Store, in which collectives can meet."""
+        """A part of the store under a name of its own: a torch.distributed.Store, in which collectives can meet.
+
+        It has a connection of its own: on the job's, whoever waits for a value would keep heartbeats back.
+        """
         from torch.distributed.distributed_c10d import PrefixStore, Store
 
         assert isinstance(self._store, Store)
-        return PrefixStore(self._key(name), self._store)
+        with self._store_errors():
+            connection = self._store.clone()  # type: ignore[attr-defined]  # PyTorch's stubs lack it
+        return PrefixStore(self._key(name), connection)
 
     def _key(self, topic: str) -> str:
         return f"v4quant/{self.token}/{topic}"
@@ -177,7 +182,7 @@ def _unreachable(reason: str) -> LostProcessError:
     return LostProcessError(f"cannot reach the other processes of this job: {reason}", hint=LOST_HINT)
 
 
-def _first_line(error: RuntimeError) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0][:200]
 
 

@@ -24,6 +24,7 @@ class RankTensors:
 
     Attributes:
         place: of the rank.
+        layout: how ranks lie on disk.
         files: the folder that its files lie in.
         tensors: what it holds, shares with the shape of a share; packed FP4 codes as the release stores them.
         parsed: their names, taken apart.
@@ -33,6 +34,7 @@ class RankTensors:
     """
 
     place: Place
+    layout: Layout
     files: Source
     tensors: Mapping[str, TensorEntry]
     parsed: Mapping[str, TensorName]
@@ -135,7 +137,7 @@ def _sharded(whole: Checkpoint, folder: ShardedFolder) -> Sharded:
     for place in run.grid.places:
         entries = {name: _as_released(entry) for name, entry in folder.layout.held_by(place.rank).items()}
         parsed = {name: parts for name in entries if (parts := parse_name(name))}
-        ranks.append(RankTensors(place, folder.files, entries, parsed, scheme, whole.config, run.id))
+        ranks.append(RankTensors(place, run.layout, folder.files, entries, parsed, scheme, whole.config, run.id))
     return Sharded(whole, run.grid, run.layout, scheme, tuple(ranks), run.id)
 
 

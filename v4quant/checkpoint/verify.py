@@ -15,6 +15,7 @@ from typing import TypeVar
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME, TensorRecord, Verdict, read_certificate
 from v4quant.checkpoint.compare import compare_plain, compare_weight
 from v4quant.checkpoint.compare_config import config_differences
+from v4quant.checkpoint.file_stamp import seen_differently
 from v4quant.checkpoint.files import Source
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.plan import DEFAULT_WORKERS
@@ -23,6 +24,7 @@ from v4quant.checkpoint.reader import Checkpoint
 from v4quant.checkpoint.shares import share_in_order
 from v4quant.checkpoint.verify_report import Findings, Mismatch, VerifyReport
 from v4quant.config import CONFIG_NAME
+from v4quant.errors import CheckpointError
 from v4quant.inventory import LogicalTensor
 from v4quant.names import scale_name
 
@@ -54,10 +56,11 @@ def verify_hashes(
         What all processes found, in the first one; in the others what they found themselves.
 
     Raises:
-        CheckpointError: if there is no certificate, or it is damaged.
+        CheckpointError: if there is no certificate, or it is damaged, or processes see different checkpoints.
         EndedElsewhereError, LostProcessError: if another process has failed or died.
     """
     group = group or ProcessGroup()
+    _require_same_view(out, group)
     header, records = read_certificate(out.files)
     in_place = sorted(out.tensors.values(), key=lambda entry: (entry.file, entry.start))
     rank_of = _ranks(out, (entry.name for entry in in_place), group)
@@ -116,11 +119,13 @@ def verify_values(
         group, Returns: as verify_hashes.
 
     Raises:
-        CheckpointError: if the source has problems, or the certificate is damaged.
+        CheckpointError: if the source has problems, the certificate is damaged, or processes see different checkpoints.
         EndedElsewhereError, LostProcessError: if another process has failed or died.
     """
     group = group or ProcessGroup()
     source.require_sound()
+    _require_same_view(out, group)
+    _require_same_view(source, group)
     advance, allowed = group.progress(progress), _rounded_records(out)
     ranks = _ranks(out, (tensor.name for tensor in source.logical), group)
     own = ((number, tensor) for number, tensor in enumerate(source.logical) if ranks[tensor.name] == group.rank)
@@ -181,6 +186,23 @@ def verify_against(
         hashes = verify_hashes(out, workers=workers, progress=progress, group=group)
         report.mismatches += [mismatch for mismatch in hashes.mismatches if _module(mismatch.tensor) not in named]
     return report
+
+
+def _require_same_view(checkpoint: Checkpoint, group: ProcessGroup) -> None:
+    """Refuse processes that see other files than the first one: what they find would be of another checkpoint.
+
+    Raises:
+        CheckpointError: in the first process, if there are any.
+    """
+    own = checkpoint.source_id(), checkpoint.fingerprints()
+    for rank, (source_id, fingerprints) in enumerate(group.gather(own)):
+        changed = seen_differently(own[1], fingerprints)
+        if source_id != own[0] or changed:
+            where = f" ({changed[0]})" if changed else ""
+            raise CheckpointError(
+                f"{checkpoint.where}: process {rank} sees another checkpoint there than process 0{where}",
+                hint="Give all processes the same folder, which all machines share.",
+            )
 
 
 def _ranks(out: Checkpoint, names: Iterable[str], group: ProcessGroup) -> dict[str, int]:

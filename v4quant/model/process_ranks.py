@@ -8,10 +8,13 @@ whether the others are still at work (process_group.py), so that all end when on
 import contextlib
 import datetime
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import distributed
@@ -28,6 +31,7 @@ from v4quant.model.virtual_ranks import Worker, ranks_in_common
 _FOREVER = datetime.timedelta(days=365)
 _POLL_SECONDS, _MAX_POLL_SECONDS = 1e-4, 0.02
 _FIRST = 0
+_Made = TypeVar("_Made")
 
 
 class ProcessRanks:
@@ -51,11 +55,15 @@ class ProcessRanks:
         self._group = group
         self._worker: Worker | None = None
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        with self._lost_errors():
+        store = group.store_part("ranks")
+
+        def connect() -> Ranks:
             distributed.init_process_group(
-                backend, store=group.store_part("ranks"), rank=group.rank, world_size=group.size, timeout=_FOREVER
+                backend, store=store, rank=group.rank, world_size=group.size, timeout=_FOREVER
             )
-            self.ranks = self._connected(grid)
+            return self._connected(grid)
+
+        self.ranks = self._aside(connect)
 
     def __enter__(self) -> Self:
         return self
@@ -139,16 +147,12 @@ class ProcessRanks:
         data = torch.empty(0, dtype=torch.uint8) if is_first else _bytes_of(answer)
         sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self._group.size)]
         self.wait(lambda: distributed.all_gather(sizes, torch.tensor([len(data)]), async_op=True))
-        with self._lost_errors():  # all are here, so nobody waits long
-            if not is_first:
-                distributed.send(data, _FIRST)
-                return []
-            answers = [answer]
-            for rank, size in enumerate(sizes[1:], start=1):
-                found = torch.empty(int(size), dtype=torch.uint8)
-                distributed.recv(found, rank)
-                answers.append(_message_of(found))
-        return answers
+        if not is_first:
+            self._aside(lambda: distributed.send(data, _FIRST))
+            return []
+        found = [torch.empty(int(size), dtype=torch.uint8) for size in sizes[1:]]
+        self._aside(lambda: [distributed.recv(own, rank) for rank, own in enumerate(found, start=1)])
+        return [answer, *map(_message_of, found)]
 
     def wait(self, begin: Callable[[], Any]) -> None:
         """Begin something and wait until it is done, for as long as all processes live.
@@ -164,6 +168,26 @@ class ProcessRanks:
                 time.sleep(pause)
                 pause = min(2 * pause, _MAX_POLL_SECONDS)
             work.wait()
+
+    def _aside(self, call: Callable[[], _Made]) -> _Made:
+        """What a call returns that waits for others and cannot be asked whether it is done; as `wait`.
+
+        A thread makes it, which is left behind where others have died: nothing can end such a call.
+        """
+        made: Future[_Made] = Future()
+
+        def run() -> None:
+            try:
+                made.set_result(call())
+            except BaseException as error:
+                made.set_exception(error)
+
+        threading.Thread(target=run, name="v4quant-ranks", daemon=True).start()
+        with self._lost_errors():
+            while True:
+                with contextlib.suppress(FutureTimeoutError):
+                    return made.result(_MAX_POLL_SECONDS)
+                self._group.check()
 
     @contextlib.contextmanager
     def _lost_errors(self) -> Iterator[None]:

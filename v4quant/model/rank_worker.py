@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from v4quant.checkpoint.rank_copies import Copies, RankWeights
 from v4quant.checkpoint.rank_tensors import RankTensors
 from v4quant.config import V4Config
 from v4quant.model.arithmetic import Arithmetic
@@ -63,10 +64,12 @@ class Answer:
     Attributes:
         value: None where it has nothing to say.
         bytes_read: stored bytes of weights that it has read so far.
+        copies: what it has read since its last answer of tensors that other ranks hold, too.
     """
 
     value: Any
     bytes_read: int
+    copies: Copies
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,9 @@ class RankWorker:
         """Do what is asked."""
         assert order.what in ORDERS
         value = getattr(self, order.what)(*on_device(order.arguments, self._model.device))
-        return Answer(on_device(value, torch.device("cpu")), self._model.bytes_read)
+        weights = self._model.reader.weights
+        assert isinstance(weights, RankWeights)
+        return Answer(on_device(value, torch.device("cpu")), self._model.bytes_read, weights.take_copies())
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """Streams before layer 0, [T, S, d]."""
@@ -167,14 +172,14 @@ class RankWorker:
         return self._head(mtp).collapse(streams, self._ops(how)) if self._is_last and self._tells else None
 
     def product(self, mtp: int | None, x: torch.Tensor, piece: range, how: How) -> torch.Tensor | None:
-        """Logits of the rows of a piece that this rank holds, float32 [T, held]."""
-        if not self._is_last or self._place.ep_rank:
+        """Logits of the rows of a piece that this rank holds, float32 [T, held]; where ranks hold copies, of one."""
+        if not self._is_last:
             return None
         head = self._head(mtp)
         if self._piece is None or self._piece[0] != piece:
             self._piece = None  # before the next one is read
             self._piece = piece, head.rows(piece)
-        return head.product(x, self._piece[1], self._ops(how))
+        return None if self._place.ep_rank else head.product(x, self._piece[1], self._ops(how))
 
     @property
     def _is_last(self) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from v4quant.checkpoint.rank_copies import CopyCheck
 from v4quant.checkpoint.rank_tensors import Sharded
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.config import V4Config
@@ -63,6 +64,7 @@ class RankedModel:
         self.grid = sharded.grid
         self.crew = crew
         self._bytes_read = 0
+        self._copies = CopyCheck(sharded.where)
 
     def __enter__(self) -> "RankedModel":
         return self
@@ -109,8 +111,14 @@ class RankedModel:
         return _Head(self, mtp)
 
     def ask(self, what: str, *arguments: Any) -> list[Any]:
-        """Ask every rank; what each says, in rank order, None where it says nothing."""
+        """Ask every rank; what each says, in rank order, None where it says nothing.
+
+        Raises:
+            CheckpointError: if ranks hold different copies of a tensor.
+        """
         answers: list[Answer] = self.crew.call(Order(what, on_device(arguments, torch.device("cpu"))))
+        for answer in answers:
+            self._copies.take(answer.copies)
         self._bytes_read = sum(answer.bytes_read for answer in answers)
         return [on_device(answer.value, self.device) for answer in answers]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from v4quant.checkpoint.joined_weights import JoinedWeights
+from v4quant.checkpoint.rank_copies import RankWeights
 from v4quant.checkpoint.rank_tensors import RankTensors, Sharded
 from v4quant.checkpoint.reader import Checkpoint
 from v4quant.checkpoint.weights import Buffers, StoredMatrix, Weights
@@ -119,6 +120,12 @@ class BlockWeights:
     shared_expert: Expert
 
 
+def _weights_of(source: Stored) -> Weights | JoinedWeights:
+    if isinstance(source, Sharded):
+        return JoinedWeights(source)
+    return RankWeights(source) if isinstance(source, RankTensors) else Weights(source)
+
+
 class Reader:
     """Reads the weights of blocks, from any thread.
 
@@ -139,7 +146,7 @@ class Reader:
         Raises:
             CheckpointError: if the checkpoint has problems.
         """
-        self.weights = JoinedWeights(source) if isinstance(source, Sharded) else Weights(source)
+        self.weights = _weights_of(source)
         self.config = source.config
         self.arithmetic = arithmetic
         self.device = torch.device(device)
