@@ -178,6 +178,32 @@ def test_what_does_not_pass_is_one_clear_error(
     assert "s3cr3t" not in errors
 
 
+@pytest.mark.parametrize(
+    ("headers", "more", "said"),
+    [
+        ({"X-Repo-Commit": "0" * 40}, b"", "answers from commit 000"),
+        ({"Content-Encoding": "gzip"}, b"", "comes compressed"),
+        ({}, b"x", "bytes, expected"),
+    ],
+)
+def test_an_answer_that_is_right_but_for_one_thing(
+    hub: TestHub,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    headers: dict[str, str],
+    more: bytes,
+    said: str,
+) -> None:
+    hub.store.add_folder(REPO, folder)
+    config = (folder / "config.json").read_bytes()
+    whole = {"Content-Range": f"bytes 0-{len(config) - 1}/{len(config)}"}
+    hub.faults.append(Fault("/resolve/.*/config.json", status=206, headers=whole | headers, body=config + more))
+    assert main(["inspect", REPO]) == 4
+    assert said in capsys.readouterr().err
+    hub.forget()
+    assert main(["inspect", REPO]) == 0
+
+
 def test_an_expired_token(hub: TestHub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hub.store.add_folder(REPO, folder)
     hub.users.clear()
