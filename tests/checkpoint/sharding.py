@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from v4quant.checkpoint.grid import Grid
-from v4quant.checkpoint.merge import MergePlan, apply_merge
 from v4quant.checkpoint.reader import open_checkpoint
-from v4quant.checkpoint.shard import ShardReport, apply_shard, plan_shard
-from v4quant.checkpoint.tp_folder import open_sharded
-from v4quant.checkpoint.tp_rules import Layout
+from v4quant.checkpoint.sharding.folder import open_sharded
+from v4quant.checkpoint.sharding.grid import Grid
+from v4quant.checkpoint.sharding.merge import MergePlan, apply_merge
+from v4quant.checkpoint.sharding.rules import Layout
+from v4quant.checkpoint.sharding.shard import ShardReport, apply_shard, plan_shard
 from v4quant.testing.releases import synth_config
 from v4quant.testing.synth import write_checkpoint
 

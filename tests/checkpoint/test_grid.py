@@ -2,7 +2,7 @@
 
 import pytest
 
-from v4quant.checkpoint.grid import Grid
+from v4quant.checkpoint.sharding.grid import Grid
 from v4quant.names import parse_name
 
 

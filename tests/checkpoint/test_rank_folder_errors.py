@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.sharding import split, write_wide
-from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.reader import SHARDS_NAME
+from v4quant.checkpoint.sharding.grid import Grid
 from v4quant.cli.main import main
 
 SECOND = "rank-001"

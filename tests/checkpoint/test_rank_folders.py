@@ -1,6 +1,7 @@
 """Folders of ranks: every element where the rules say, back byte for byte, and from any split into any other."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,10 +12,10 @@ import torch
 from tests.checkpoint.conversion import REFERENCES, convert, stored_torch
 from tests.checkpoint.sharding import merge, shard, split, write_wide
 from tests.checkpoint.test_shard_layout import AXES, BLOCK, EXPERT, read, same
-from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.reader import open_checkpoint
-from v4quant.checkpoint.shard import plan_shard
-from v4quant.checkpoint.tp_rules import Layout, working_shares
+from v4quant.checkpoint.sharding.grid import Grid
+from v4quant.checkpoint.sharding.rules import Layout, working_shares
+from v4quant.checkpoint.sharding.shard import plan_shard
 from v4quant.checkpoint.verify import verify_hashes
 from v4quant.cli.main import main
 from v4quant.errors import CheckpointError, UsageError
@@ -242,6 +243,20 @@ def test_a_damaged_split_is_not_passed_on(
     assert said in capsys.readouterr().err
     with pytest.raises(CheckpointError):
         open_checkpoint(out)
+
+
+def test_a_split_that_changes_while_it_is_read(flash: Path, tmp_path: Path) -> None:
+    """Any file of the checkpoint may be in any rank, so none of them may change in or between runs that read it."""
+    split(flash, tmp_path / "ranks", Grid(2, 2))
+    whole = open_checkpoint(tmp_path / "ranks")
+    name = "model-00001-of-00006.safetensors"
+    whole.files.require_unchanged(name)
+    for changed in ("rank-003/model-00006-of-00006.safetensors", "v4quant.extra.safetensors"):
+        before = open_checkpoint(tmp_path / "ranks").files.fingerprint(name)
+        os.utime(tmp_path / "ranks" / changed, ns=(1, 1))
+        assert open_checkpoint(tmp_path / "ranks").files.fingerprint(name) != before
+    with pytest.raises(CheckpointError, match=r"rank-003/model-00006-of-00006\.safetensors: has changed"):
+        whole.files.require_unchanged(name)
 
 
 def test_memory_of_a_split_that_is_split_again(flash: Path, tmp_path: Path) -> None:

@@ -10,14 +10,15 @@ import pytest
 from tests.checkpoint.conversion import REFERENCES, convert, edit, rewrite, write_small
 from tests.checkpoint.sharding import merge, shard, write_wide
 from tests.checkpoint.sparse import write_sparse
-from v4quant.checkpoint import plan, tp_stream
-from v4quant.checkpoint import shard as shard_module
-from v4quant.checkpoint.grid import Grid
-from v4quant.checkpoint.merge import MergePlan
+from v4quant.checkpoint import plan
 from v4quant.checkpoint.reader import Checkpoint, open_checkpoint
-from v4quant.checkpoint.shard import plan_shard
-from v4quant.checkpoint.tp_folder import open_sharded
-from v4quant.checkpoint.tp_rules import Layout, obstacles, working_shares
+from v4quant.checkpoint.sharding import shard as shard_module
+from v4quant.checkpoint.sharding import stream
+from v4quant.checkpoint.sharding.folder import open_sharded
+from v4quant.checkpoint.sharding.grid import Grid
+from v4quant.checkpoint.sharding.merge import MergePlan
+from v4quant.checkpoint.sharding.rules import Layout, obstacles, working_shares
+from v4quant.checkpoint.sharding.shard import plan_shard
 from v4quant.errors import CheckFailedError, CheckpointError, UsageError
 from v4quant.testing.asserts import assert_same_checkpoint
 from v4quant.testing.releases import Like, synth_config
@@ -86,7 +87,7 @@ def test_pieces_of_any_size(chunk: int, fp8_experts: bool, tmp_path: Path, monke
     source = write_small(tmp_path / "source", mtp=True) if chunk == 1 else write_wide(tmp_path / "source")
     shard(source, tmp_path / "whole", 2, fp8_experts=fp8_experts)
     monkeypatch.setattr(plan, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(tp_stream, "CHUNK_BYTES", chunk if chunk > 1 else 300)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", chunk if chunk > 1 else 300)
     monkeypatch.setattr(shard_module, "CHUNK_BYTES", 7)
     shard(source, tmp_path / "pieces", 2, fp8_experts=fp8_experts)
     assert_same_checkpoint(tmp_path / "pieces", tmp_path / "whole")

@@ -16,16 +16,19 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.sharding import merge, shard, write_wide
 from tests.checkpoint.test_disk import fail_at
-from v4quant.checkpoint import output, tp_folder
-from v4quant.checkpoint.grid import Grid
+from v4quant.checkpoint import output
 from v4quant.checkpoint.header import build_header
-from v4quant.checkpoint.journal import lock_journal
+from v4quant.checkpoint.journal import Journal, Record, lock_journal
 from v4quant.checkpoint.reader import JOURNAL_NAME, SHARDS_NAME, open_checkpoint
-from v4quant.checkpoint.shard import apply_shard, plan_shard
-from v4quant.checkpoint.tp_files import ExtraTensors, Run
-from v4quant.checkpoint.tp_folder import open_sharded
-from v4quant.checkpoint.tp_record import FileRecord, ShardsRecord
-from v4quant.checkpoint.tp_rules import Layout
+from v4quant.checkpoint.sharding import folder as folder_module
+from v4quant.checkpoint.sharding import shard as shard_module
+from v4quant.checkpoint.sharding.folder import open_sharded
+from v4quant.checkpoint.sharding.grid import Grid
+from v4quant.checkpoint.sharding.outputs import files_of
+from v4quant.checkpoint.sharding.rank_files import ExtraTensors, Run
+from v4quant.checkpoint.sharding.record import FileRecord, ShardsRecord
+from v4quant.checkpoint.sharding.rules import Layout
+from v4quant.checkpoint.sharding.shard import apply_shard, plan_shard
 from v4quant.cli.main import main
 from v4quant.config import CONFIG_NAME
 from v4quant.errors import CheckpointError, OutputError
@@ -192,6 +195,7 @@ CASES: dict[str, tuple[Break, str]] = {
     "a record of ranks by the million": (in_record(layout="ranks", tp=1024, ep=1024), "at most 1,024"),
     "a record of another layout": (in_record(layout="x"), "layout is none of deepseek, ranks"),
     "a record of another packing": (in_record(packing="x"), "packing is none of layer, full, one"),
+    "a record of another limit": (in_record(max_shard_bytes=5), "run is not that of the options"),
     "a record of files without a limit": (in_record(max_shard_bytes=-1), "max_shard_bytes is no number"),
     "a record of other experts": (in_record(fp8_experts=1), "fp8_experts is neither"),
     "a record of no weights": (in_record(weights={}), "lists no weight files"),
@@ -256,7 +260,7 @@ def test_kept_headers_that_cannot_be_laid_out(tmp_path: Path, monkeypatch: pytes
     many = [(f"layers.{number}.attn_norm.weight", "BF16", (1,)) for number in range(3_000)]
     with pytest.raises(CheckpointError, match="3,072,000 tensors in all ranks together, expected at most 3,000,000"):
         open_sharded(hostile(tmp_path, many, Grid(1, 1024)))
-    monkeypatch.setattr(tp_folder, "MAX_TENSORS", 2_999)
+    monkeypatch.setattr(folder_module, "MAX_TENSORS", 2_999)
     with pytest.raises(CheckpointError, match="tells of more than 2,999 tensors"):
         open_sharded(hostile(tmp_path, many, Grid(1)))
 
@@ -349,6 +353,44 @@ def test_a_sharded_folder_without_its_record_is_no_checkpoint(
     for command in (["inspect", str(sharded)], ["convert", str(sharded), "out", "--to", "fp8"]):
         assert main(command) == 3
         assert f"of what v4quant shard wrote, {SHARDS_NAME} is missing" in capsys.readouterr().err
+
+
+def test_the_extra_file_has_no_name_before_it_is_whole(
+    source: Path, others: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors are in it, files without weights not yet: a run that ends here goes on with them."""
+
+    def fail(*_: object) -> None:
+        raise OutputError("no room")
+
+    with monkeypatch.context() as patched, pytest.raises(OutputError, match="no room"):
+        patched.setattr(shard_module, "_write_kept", fail)
+        shard(source, tmp_path / "out", 2)
+    assert not (tmp_path / "out" / EXTRA).exists()
+    assert shard(source, tmp_path / "out", 2).resumed_files == 6
+    assert_same_checkpoint(tmp_path / "out", others["same"])
+
+
+def test_data_is_durable_before_the_journal_speaks_of_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut loses what was not synced: no kill does, so the order of the calls is looked at."""
+    plan = plan_shard(open_checkpoint(source), Grid(2))
+    synced: set[str] = set()
+    sync, append = output.ShardFile.sync, Journal.append
+
+    def note(file: output.ShardFile) -> None:
+        sync(file)
+        synced.add(file.path.name)
+
+    def check(journal: Journal, name: str, records: Sequence[Record]) -> None:
+        assert synced >= files_of(plan.layout)[name]
+        synced.clear()
+        append(journal, name, records)
+
+    monkeypatch.setattr(output.ShardFile, "sync", note)
+    monkeypatch.setattr(Journal, "append", check)
+    apply_shard(plan, tmp_path / "out")
 
 
 def test_an_unfinished_folder_is_not_merged(source: Path, tmp_path: Path) -> None:

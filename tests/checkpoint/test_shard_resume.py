@@ -14,9 +14,9 @@ import pytest
 
 from tests.checkpoint.sharding import shard, split, write_wide
 from tests.checkpoint.test_resume import ROOT, Outcome, strike
-from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.reader import JOURNAL_NAME, SHARDS_NAME, open_checkpoint
-from v4quant.checkpoint.tp_folder import open_sharded
+from v4quant.checkpoint.sharding.folder import open_sharded
+from v4quant.checkpoint.sharding.grid import Grid
 from v4quant.cli.main import main
 from v4quant.errors import CheckpointError
 from v4quant.testing.asserts import assert_same_checkpoint

@@ -11,12 +11,12 @@ from tests.checkpoint.conversion import convert, edit
 from tests.checkpoint.sharding import shard, split, write_wide
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME
 from v4quant.checkpoint.files import Files
-from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.reader import SHARDS_NAME, open_checkpoint
-from v4quant.checkpoint.tp_folder import open_sharded
-from v4quant.checkpoint.tp_verify import _ComparedFiles, verify_sharded
-from v4quant.checkpoint.tp_whole import WholeFiles
+from v4quant.checkpoint.sharding.folder import open_sharded
+from v4quant.checkpoint.sharding.grid import Grid
+from v4quant.checkpoint.sharding.verify import _ComparedFiles, verify_sharded
+from v4quant.checkpoint.sharding.whole import WholeFiles
 from v4quant.cli.main import main
 from v4quant.errors import CheckpointError
 from v4quant.formats.cast import Scratch

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from tests.checkpoint.sharding import split
-from v4quant.checkpoint.grid import Grid
-from v4quant.checkpoint.rank_tensors import Sharded, open_ranks
+from v4quant.checkpoint.sharding.grid import Grid
+from v4quant.checkpoint.sharding.rank_tensors import Sharded, open_ranks
 
 GRIDS = {
     "tp2": Grid(2),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from v4quant.checkpoint.process_group import EndedElsewhereError, ProcessGroup
-from v4quant.checkpoint.rank_tensors import open_ranks
+from v4quant.checkpoint.sharding.rank_tensors import open_ranks
 from v4quant.errors import CheckpointError, V4QuantError
 from v4quant.model.arithmetic import Arithmetic
 from v4quant.model.process_ranks import ProcessRanks

@@ -13,9 +13,9 @@ import tests
 from tests.model.cut import GRIDS, cut
 from tests.model.references import named
 from tests.model.run_ranks import outputs
-from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.process_group import ProcessGroup
 from v4quant.checkpoint.process_store import LostProcessError
+from v4quant.checkpoint.sharding.grid import Grid
 from v4quant.errors import UsageError
 from v4quant.model.arithmetic import Arithmetic
 from v4quant.model.process_ranks import ProcessRanks, require_processes

@@ -11,8 +11,8 @@ import torch
 from tests.checkpoint.sharding import shard
 from tests.model.cut import GRIDS, cut
 from tests.model.references import named
-from v4quant.checkpoint.rank_copies import CopyCheck, Piece
-from v4quant.checkpoint.rank_tensors import open_ranks
+from v4quant.checkpoint.sharding.rank_copies import CopyCheck, Piece
+from v4quant.checkpoint.sharding.rank_tensors import open_ranks
 from v4quant.errors import CheckpointError
 from v4quant.model.arithmetic import Arithmetic
 from v4quant.model.head import logits

@@ -14,9 +14,9 @@ import torch
 from tests.checkpoint.sharding import shard
 from tests.model.cut import GRIDS, cut
 from tests.model.references import Reference, named, relative_error
-from v4quant.checkpoint.grid import Grid
-from v4quant.checkpoint.rank_tensors import Sharded, open_ranks
 from v4quant.checkpoint.reader import open_checkpoint
+from v4quant.checkpoint.sharding.grid import Grid
+from v4quant.checkpoint.sharding.rank_tensors import Sharded, open_ranks
 from v4quant.errors import CheckpointError
 from v4quant.model.arithmetic import Activations, Arithmetic, Products
 from v4quant.model.counted import Counted

@@ -13,9 +13,9 @@ import torch
 from tests.checkpoint.sharding import shard
 from tests.model.cut import GRIDS, cut
 from tests.model.references import named
-from v4quant.checkpoint.compare_shares import share_differences
-from v4quant.checkpoint.rank_tensors import Sharded, open_ranks
 from v4quant.checkpoint.reader import open_checkpoint
+from v4quant.checkpoint.sharding.compare_shares import share_differences
+from v4quant.checkpoint.sharding.rank_tensors import Sharded, open_ranks
 from v4quant.model import block
 from v4quant.model.experts import routed_experts
 from v4quant.parity.attribution import blame

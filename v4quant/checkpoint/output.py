@@ -20,7 +20,7 @@ from v4quant.config import CONFIG_NAME, INFERENCE_CONFIG_NAME
 from v4quant.errors import OutputError
 
 PARTIAL_SUFFIX = ".partial"
-RANK_FOLDERS = "rank-[0-9]*"  # of a sharded checkpoint, see tp_files.py
+RANK_FOLDERS = "rank-[0-9]*"  # of a sharded checkpoint, see sharding/rank_files.py
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from v4quant.inventory import LogicalTensor, logical_tensors, mtp_copies, releas
 from v4quant.names import TensorName, parse_name
 
 JOURNAL_NAME = "v4quant.journal.jsonl"  # of an unfinished run, see journal.py
-SHARDS_NAME = "v4quant.shards.json"  # of a folder that `v4quant shard` wrote, and of its ranks, see tp_record.py
+SHARDS_NAME = "v4quant.shards.json"  # of a folder that `v4quant shard` wrote, and of its ranks, see sharding/record.py
 SOURCE_NAME = "v4quant.source.json"  # where the source of a conversion was, see hub/origin.py
 UPLOADS_NAME = "v4quant.uploads.jsonl"  # shards that lie on the Hub and no longer here, see hub/uploads.py
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -139,8 +139,8 @@ def _source(folder: Path) -> Source:
     if SHARDS_NAME not in files:
         return files
     # Sharded folders need numpy, which takes longer to import than `inspect` of an ordinary one to run.
-    from v4quant.checkpoint.tp_folder import open_sharded_folder
-    from v4quant.checkpoint.tp_whole import WholeFiles
+    from v4quant.checkpoint.sharding.folder import open_sharded_folder
+    from v4quant.checkpoint.sharding.whole import WholeFiles
 
     return WholeFiles(open_sharded_folder(files))
 

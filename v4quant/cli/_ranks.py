@@ -9,8 +9,8 @@ from v4quant.errors import UsageError
 
 if TYPE_CHECKING:
     from v4quant.checkpoint.process_group import ProcessGroup
-    from v4quant.checkpoint.rank_tensors import Sharded
     from v4quant.checkpoint.reader import Checkpoint
+    from v4quant.checkpoint.sharding.rank_tensors import Sharded
     from v4quant.model.device import Device
     from v4quant.model.process_ranks import ProcessRanks
 
@@ -38,7 +38,7 @@ def processes_of(
         UsageError: if there are several processes and no sharded checkpoint, or not one for each of its ranks.
         CheckpointError: if processes have different checkpoints.
     """
-    from v4quant.checkpoint.rank_tensors import Sharded
+    from v4quant.checkpoint.sharding.rank_tensors import Sharded
     from v4quant.model.process_ranks import ProcessRanks, require_same_source
 
     if group.size == 1:

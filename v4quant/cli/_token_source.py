@@ -8,8 +8,8 @@ from v4quant.cli._conversations import read_conversations
 from v4quant.errors import UsageError
 
 if TYPE_CHECKING:
-    from v4quant.checkpoint.rank_tensors import Sharded
     from v4quant.checkpoint.reader import Checkpoint
+    from v4quant.checkpoint.sharding.rank_tensors import Sharded
     from v4quant.parity.prompts import Prompts
     from v4quant.parity.stored import StoredOutputs
 

@@ -13,8 +13,8 @@ from v4quant.cli._output import Output, decimal_bytes, plural
 from v4quant.errors import CheckFailedError, OutputError
 
 if TYPE_CHECKING:
-    from v4quant.checkpoint.rank_tensors import Sharded
     from v4quant.checkpoint.reader import Checkpoint
+    from v4quant.checkpoint.sharding.rank_tensors import Sharded
     from v4quant.checkpoint.verify_report import VerifyReport
 
 _MARKER = "v4quant.demo"
@@ -129,11 +129,11 @@ class _Demo:
 
     def shard_and_merge(self) -> None:
         """Cut into two tensor-parallel ranks, put them together again, and compare the files byte for byte."""
-        from v4quant.checkpoint.grid import Grid
-        from v4quant.checkpoint.merge import MergePlan, apply_merge
         from v4quant.checkpoint.reader import open_checkpoint
-        from v4quant.checkpoint.shard import apply_shard, plan_shard
-        from v4quant.checkpoint.tp_folder import open_sharded
+        from v4quant.checkpoint.sharding.folder import open_sharded
+        from v4quant.checkpoint.sharding.grid import Grid
+        from v4quant.checkpoint.sharding.merge import MergePlan, apply_merge
+        from v4quant.checkpoint.sharding.shard import apply_shard, plan_shard
 
         apply_shard(plan_shard(open_checkpoint(self._out / "native"), Grid(2)), self._out / "ranks")
         apply_merge(MergePlan(open_sharded(self._out / "ranks")), self._out / "merged")
@@ -173,7 +173,7 @@ class _Demo:
 
     def parity_of_ranks(self) -> None:
         """Run the two ranks beside the original, each on what it holds."""
-        from v4quant.checkpoint.rank_tensors import open_ranks
+        from v4quant.checkpoint.sharding.rank_tensors import open_ranks
 
         result = self._compare(open_ranks(self._out / "ranks"))
         ok = result["verdict"] in ("identical", "indistinguishable")

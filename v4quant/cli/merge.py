@@ -25,8 +25,8 @@ def merge(
     v4quant merge flash-mp8 flash-again
     """
     # The engine loads numpy and numba, which `v4quant --help` need not wait for.
-    from v4quant.checkpoint.merge import MergePlan, apply_merge
-    from v4quant.checkpoint.tp_folder import open_sharded
+    from v4quant.checkpoint.sharding.folder import open_sharded
+    from v4quant.checkpoint.sharding.merge import MergePlan, apply_merge
 
     output = Output(json_mode)
     plan = MergePlan(open_sharded(src))

@@ -19,8 +19,8 @@ from v4quant.cli._token_source import TokenSource
 from v4quant.errors import CheckFailedError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from v4quant.checkpoint.rank_tensors import Sharded
     from v4quant.checkpoint.reader import Checkpoint
+    from v4quant.checkpoint.sharding.rank_tensors import Sharded
     from v4quant.model.device import Device
     from v4quant.parity.compare import Task
 
@@ -98,7 +98,7 @@ def parity(
     """
     # torch loads here, so that `v4quant --help` need not wait for it.
     from v4quant.checkpoint.process_group import ProcessGroup
-    from v4quant.checkpoint.rank_tensors import Sharded, as_stored
+    from v4quant.checkpoint.sharding.rank_tensors import Sharded, as_stored
     from v4quant.model.ranked import serve_rank
 
     with ProcessGroup.from_environment() as group, group.ending_together():

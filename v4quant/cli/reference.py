@@ -18,8 +18,8 @@ from v4quant.cli._source import lies_in, open_source
 from v4quant.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from v4quant.checkpoint.rank_tensors import Sharded
     from v4quant.checkpoint.reader import Checkpoint
+    from v4quant.checkpoint.sharding.rank_tensors import Sharded
     from v4quant.model.arithmetic import Arithmetic
     from v4quant.model.device import Device
     from v4quant.model.process_ranks import ProcessRanks
@@ -55,7 +55,7 @@ def reference(
     """
     # torch loads here, so that `v4quant --help` need not wait for it.
     from v4quant.checkpoint.process_group import ProcessGroup
-    from v4quant.checkpoint.rank_tensors import Sharded, as_stored
+    from v4quant.checkpoint.sharding.rank_tensors import Sharded, as_stored
     from v4quant.model.ranked import serve_rank
 
     with ProcessGroup.from_environment() as group, group.ending_together():

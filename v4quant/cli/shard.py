@@ -15,8 +15,8 @@ from v4quant.cli._progress import Advance, byte_progress
 from v4quant.errors import UsageError
 
 if TYPE_CHECKING:
-    from v4quant.checkpoint.shard import ShardPlan
-    from v4quant.checkpoint.tp_rules import Layout
+    from v4quant.checkpoint.sharding.rules import Layout
+    from v4quant.checkpoint.sharding.shard import ShardPlan
 
 
 class Experts(StrEnum):
@@ -66,11 +66,11 @@ def shard(
     v4quant shard DeepSeek-V4-Pro pro-mp16 --explain
     """
     # The engine loads numpy and numba, which `v4quant --help` need not wait for.
-    from v4quant.checkpoint.grid import MAX_RANKS, Grid
     from v4quant.checkpoint.reader import open_checkpoint
-    from v4quant.checkpoint.shard import apply_shard, plan_shard
+    from v4quant.checkpoint.sharding.grid import MAX_RANKS, Grid
+    from v4quant.checkpoint.sharding.rules import Layout
+    from v4quant.checkpoint.sharding.shard import apply_shard, plan_shard
     from v4quant.checkpoint.side_files import files_left_behind
-    from v4quant.checkpoint.tp_rules import Layout
 
     output = Output(json_mode)
     layout = Layout.DEEPSEEK if ep is None and pp is None else Layout.RANKS
@@ -122,9 +122,9 @@ def shard(
 
 def _explain(output: Output, src: Path, layout: "Layout", ep: int, pp: int) -> None:
     """What --explain says."""
-    from v4quant.checkpoint.grid import Grid
     from v4quant.checkpoint.reader import open_checkpoint
-    from v4quant.checkpoint.tp_rules import MOST_RANKS_LISTED, Layout, obstacles
+    from v4quant.checkpoint.sharding.grid import Grid
+    from v4quant.checkpoint.sharding.rules import MOST_RANKS_LISTED, Layout, obstacles
 
     source = open_checkpoint(src)
     source.require_sound()

@@ -75,8 +75,8 @@ def _verify(out: str, against: str | None, workers: int, group: "ProcessGroup") 
     from v4quant.checkpoint.certificate import CERTIFICATE_NAME
     from v4quant.checkpoint.files import Files
     from v4quant.checkpoint.reader import open_source as open_files
-    from v4quant.checkpoint.tp_verify import is_rank_folder, verify_rank, verify_sharded
-    from v4quant.checkpoint.tp_whole import WholeFiles
+    from v4quant.checkpoint.sharding.verify import is_rank_folder, verify_rank, verify_sharded
+    from v4quant.checkpoint.sharding.whole import WholeFiles
     from v4quant.checkpoint.verify import verify_against, verify_hashes
     from v4quant.checkpoint.verify_report import VerifyReport
 

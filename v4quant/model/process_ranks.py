@@ -19,10 +19,10 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import distributed
 
-from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.process_group import ProcessGroup
 from v4quant.checkpoint.process_store import LOST_HINT, LostProcessError
-from v4quant.checkpoint.rank_tensors import Sharded
+from v4quant.checkpoint.sharding.grid import Grid
+from v4quant.checkpoint.sharding.rank_tensors import Sharded
 from v4quant.errors import CheckpointError, UsageError
 from v4quant.model.ranks import Alone, Group, Ranks, Take
 from v4quant.model.virtual_ranks import Worker, ranks_in_common

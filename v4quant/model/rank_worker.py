@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from v4quant.checkpoint.rank_copies import Copies, RankWeights
-from v4quant.checkpoint.rank_tensors import RankTensors
+from v4quant.checkpoint.sharding.rank_copies import Copies, RankWeights
+from v4quant.checkpoint.sharding.rank_tensors import RankTensors
 from v4quant.config import V4Config
 from v4quant.model.arithmetic import Arithmetic
 from v4quant.model.block import Block

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 import torch
 
-from v4quant.checkpoint.rank_copies import CopyCheck
-from v4quant.checkpoint.rank_tensors import Sharded
 from v4quant.checkpoint.reader import Checkpoint
+from v4quant.checkpoint.sharding.rank_copies import CopyCheck
+from v4quant.checkpoint.sharding.rank_tensors import Sharded
 from v4quant.config import V4Config
 from v4quant.model.arithmetic import Arithmetic
 from v4quant.model.counted import Counted

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from v4quant.checkpoint.grid import Grid, Place
+from v4quant.checkpoint.sharding.grid import Grid, Place
 
 Take = Callable[[list[torch.Tensor]], torch.Tensor]
 

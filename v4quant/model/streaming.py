@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from v4quant.checkpoint.grid import Grid
+from v4quant.checkpoint.sharding.grid import Grid
 from v4quant.config import V4Config
 from v4quant.model.arithmetic import Arithmetic
 from v4quant.model.block import Block, feed_forward_each

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from v4quant.checkpoint.grid import Grid, Place
+from v4quant.checkpoint.sharding.grid import Grid, Place
 from v4quant.model.ranks import Alone, Group, RankLostError, Ranks, Take
 
 

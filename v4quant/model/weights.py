@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from v4quant.checkpoint.joined_weights import JoinedWeights
-from v4quant.checkpoint.rank_copies import RankWeights
-from v4quant.checkpoint.rank_tensors import RankTensors, Sharded
 from v4quant.checkpoint.reader import Checkpoint
+from v4quant.checkpoint.sharding.joined_weights import JoinedWeights
+from v4quant.checkpoint.sharding.rank_copies import RankWeights
+from v4quant.checkpoint.sharding.rank_tensors import RankTensors, Sharded
 from v4quant.checkpoint.weights import Buffers, StoredMatrix, Weights
 from v4quant.encodings import BF16
 from v4quant.errors import CheckpointError

@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 
-from v4quant.checkpoint.compare_shares import share_differences
-from v4quant.checkpoint.rank_tensors import Sharded
 from v4quant.checkpoint.reader import Checkpoint
+from v4quant.checkpoint.sharding.compare_shares import share_differences
+from v4quant.checkpoint.sharding.rank_tensors import Sharded
 from v4quant.checkpoint.verify import value_differences
 from v4quant.checkpoint.verify_report import Mismatch
 from v4quant.config import V4Config

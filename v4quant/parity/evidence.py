@@ -15,10 +15,10 @@ import torch
 import v4quant
 from v4quant.checkpoint.certificate import CERTIFICATE_NAME
 from v4quant.checkpoint.files import Source
-from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.index import INDEX_NAME
-from v4quant.checkpoint.rank_tensors import Sharded
 from v4quant.checkpoint.reader import Checkpoint
+from v4quant.checkpoint.sharding.grid import Grid
+from v4quant.checkpoint.sharding.rank_tensors import Sharded
 from v4quant.config import CONFIG_NAME, V4Config
 
 # Keys of a config that say how weights are stored, not what is computed.

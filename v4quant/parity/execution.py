@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from v4quant.checkpoint.grid import Grid
+from v4quant.checkpoint.sharding.grid import Grid
 from v4quant.config import V4Config
 from v4quant.errors import CheckFailedError
 from v4quant.model.streaming import Schedule

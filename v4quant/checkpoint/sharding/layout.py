@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.layout import HeaderTensor, Shard
-from v4quant.checkpoint.tp_files import ExtraTensors, Run, files_of_rank
-from v4quant.checkpoint.tp_rules import OUTPUT_A, Layout, Split, split_of
+from v4quant.checkpoint.sharding.grid import Grid
+from v4quant.checkpoint.sharding.rank_files import ExtraTensors, Run, files_of_rank
+from v4quant.checkpoint.sharding.rules import OUTPUT_A, Layout, Split, split_of
 from v4quant.dtypes import DTYPE_BITS
 from v4quant.encodings import BF16, FP4, FP8, FP8_F32_SCALE, Encoding
 from v4quant.errors import CheckpointError
@@ -153,7 +153,7 @@ class _Draft:
 
 
 def lay_out_ranks(files: Sequence[SourceFile], kept_files: Mapping[str, int], run: Run) -> ShardedLayout:
-    """Lay a checkpoint out for a grid that works (tp_rules.obstacles).
+    """Lay a checkpoint out for a grid that works (rules.obstacles).
 
     Args:
         files: its weight files.

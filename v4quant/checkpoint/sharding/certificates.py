@@ -15,8 +15,8 @@ from v4quant.checkpoint.certificate import CERTIFICATE_NAME, CertificateHeader
 from v4quant.checkpoint.journal import Journal
 from v4quant.checkpoint.output import StreamedFile, write_file
 from v4quant.checkpoint.reader import Checkpoint
-from v4quant.checkpoint.tp_files import rank_folder
-from v4quant.checkpoint.tp_layout import ShardedLayout
+from v4quant.checkpoint.sharding.layout import ShardedLayout
+from v4quant.checkpoint.sharding.rank_files import rank_folder
 from v4quant.errors import OutputError
 
 

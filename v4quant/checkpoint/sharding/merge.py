@@ -19,16 +19,16 @@ from v4quant.checkpoint.output import ShardFile, require_disk_space, write_file
 from v4quant.checkpoint.plan import CHUNK_BYTES, DEFAULT_WORKERS
 from v4quant.checkpoint.reader import SHARDS_NAME, open_source
 from v4quant.checkpoint.run_folder import forget, is_there, open_run, remove_partial_files, require_apart
+from v4quant.checkpoint.sharding.certificates import write_whole_certificate
+from v4quant.checkpoint.sharding.folder import ShardedFolder
+from v4quant.checkpoint.sharding.hashes import ShareRecord, TensorHashes
+from v4quant.checkpoint.sharding.rank_files import FILE_PREFIX, HEADER_PREFIX
+from v4quant.checkpoint.sharding.record import FileRecord, in_writing_order
+from v4quant.checkpoint.sharding.rules import Layout
+from v4quant.checkpoint.sharding.stream import gather
+from v4quant.checkpoint.sharding.units import Advance, work_through
+from v4quant.checkpoint.sharding.whole import WholeFiles
 from v4quant.checkpoint.stream import Worker
-from v4quant.checkpoint.tp_certificates import write_whole_certificate
-from v4quant.checkpoint.tp_files import FILE_PREFIX, HEADER_PREFIX
-from v4quant.checkpoint.tp_folder import ShardedFolder
-from v4quant.checkpoint.tp_hashes import ShareRecord, TensorHashes
-from v4quant.checkpoint.tp_record import FileRecord, in_writing_order
-from v4quant.checkpoint.tp_rules import Layout
-from v4quant.checkpoint.tp_stream import gather
-from v4quant.checkpoint.tp_whole import WholeFiles
-from v4quant.checkpoint.units import Advance, work_through
 from v4quant.errors import CheckFailedError, InterruptedRunError
 
 

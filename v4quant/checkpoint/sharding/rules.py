@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
-from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.reader import Checkpoint
+from v4quant.checkpoint.sharding.grid import Grid
 from v4quant.config import V4Config
 from v4quant.inventory import LogicalTensor
 from v4quant.names import Role, TensorName

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from v4quant.checkpoint.files import Source
-from v4quant.checkpoint.grid import Grid, Place
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.reader import SHARDS_NAME, Checkpoint, open_checkpoint
-from v4quant.checkpoint.tp_folder import ShardedFolder
-from v4quant.checkpoint.tp_rules import Layout
-from v4quant.checkpoint.tp_whole import WholeFiles
+from v4quant.checkpoint.sharding.folder import ShardedFolder
+from v4quant.checkpoint.sharding.grid import Grid, Place
+from v4quant.checkpoint.sharding.rules import Layout
+from v4quant.checkpoint.sharding.whole import WholeFiles
 from v4quant.config import CONFIG_NAME, V4Config
 from v4quant.encodings import FP4, FP8_SCHEME, Scheme
 from v4quant.errors import CheckpointError

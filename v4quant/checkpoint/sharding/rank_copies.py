@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from v4quant.checkpoint.header import TensorEntry
-from v4quant.checkpoint.rank_tensors import RankTensors
-from v4quant.checkpoint.tp_rules import Split, split_of
+from v4quant.checkpoint.sharding.rank_tensors import RankTensors
+from v4quant.checkpoint.sharding.rules import Split, split_of
 from v4quant.checkpoint.weights import Weights
 from v4quant.errors import CheckpointError
 from v4quant.formats.cast import Array

@@ -5,14 +5,14 @@
     experts   from the rank that has them; all else from the first rank that holds it
 
 For a look at what the ranks compute with, without running them. Where the whole checkpoint is put together
-(tp_whole.py), what ranks hold in another form, such as wo_a in BF16, comes from the extra file, and a fault in the
+(whole.py), what ranks hold in another form, such as wo_a in BF16, comes from the extra file, and a fault in the
 ranks would not be seen.
 """
 
 import torch
 
-from v4quant.checkpoint.rank_tensors import Sharded
-from v4quant.checkpoint.tp_rules import Split, split_of
+from v4quant.checkpoint.sharding.rank_tensors import Sharded
+from v4quant.checkpoint.sharding.rules import Split, split_of
 from v4quant.checkpoint.weights import Buffers, StoredMatrix, Weights
 from v4quant.encodings import Encoding, Scheme
 from v4quant.errors import CheckpointError

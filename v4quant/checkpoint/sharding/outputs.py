@@ -12,7 +12,7 @@ from pathlib import Path
 
 from v4quant.checkpoint.output import PARTIAL_SUFFIX, ShardFile, disk_errors
 from v4quant.checkpoint.run_folder import is_there
-from v4quant.checkpoint.tp_layout import ShardedLayout
+from v4quant.checkpoint.sharding.layout import ShardedLayout
 
 # Descriptors of an output file (one of them for direct I/O), and those that the process may have besides.
 _DESCRIPTORS = 2

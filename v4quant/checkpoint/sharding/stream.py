@@ -14,9 +14,9 @@ import numpy.typing as npt
 from v4quant.checkpoint.files import Source
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.plan import CHUNK_BYTES
+from v4quant.checkpoint.sharding.layout import Copies, Placement, Recoding
+from v4quant.checkpoint.sharding.rules import Split
 from v4quant.checkpoint.stream import Band, Worker, bands
-from v4quant.checkpoint.tp_layout import Copies, Placement, Recoding
-from v4quant.checkpoint.tp_rules import Split
 from v4quant.encodings import Encoding
 from v4quant.errors import CheckFailedError, CheckpointError
 from v4quant.formats.cast import Scratch, Weight, cast, codes_dtype, scale_dtype

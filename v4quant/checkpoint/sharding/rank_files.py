@@ -9,10 +9,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.header import TensorEntry, build_header
 from v4quant.checkpoint.layout import HeaderTensor, Packing, Shard, block_key, lay_out
-from v4quant.checkpoint.tp_rules import Layout
+from v4quant.checkpoint.sharding.grid import Grid
+from v4quant.checkpoint.sharding.rules import Layout
 from v4quant.names import scale_name
 
 EXTRA_NAME = "v4quant.extra.safetensors"

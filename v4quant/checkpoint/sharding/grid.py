@@ -1,7 +1,7 @@
 """How ranks share a model: a grid of tensor-parallel, expert-parallel and pipeline positions.
 
     rank = (stage * ep + ep_rank) * tp + tp_rank
-    dense parts   cut into tp shares (tp_rules.py); the ep ranks with the same tp_rank hold copies
+    dense parts   cut into tp shares (sharding/rules.py); the ep ranks with the same tp_rank hold copies
     experts       tp * ep shares of whole experts; share ep_rank * tp + tp_rank holds its E / (tp * ep) in order
     layers        pp stages of layers in order, the first L mod pp stages with one more than the others
     embedding     in the first stage, and in the last where it has MTP blocks, which embed tokens too

@@ -1,8 +1,8 @@
 """`shard`: a checkpoint into what each rank of a grid holds, with nothing lost.
 
 Every source file is read once, from front to back by one thread, hashed, and written into the files of all ranks at
-offsets known beforehand (tp_outputs.py); a run that was killed goes on with what is there. v4quant.shards.json comes
-last. The source may be a sharded folder itself (tp_whole.py): so any split becomes any other.
+offsets known beforehand (outputs.py); a run that was killed goes on with what is there. v4quant.shards.json comes last.
+The source may be a sharded folder itself (whole.py): so any split becomes any other.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 import v4quant
-from v4quant.checkpoint.grid import Grid
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.journal import Journal, JournalHeader
 from v4quant.checkpoint.layout import Packing
@@ -21,19 +20,20 @@ from v4quant.checkpoint.output import require_disk_space, write_file
 from v4quant.checkpoint.plan import BASE_MEMORY_BYTES, CHUNK_BYTES, DEFAULT_MAX_SHARD_BYTES, DEFAULT_WORKERS
 from v4quant.checkpoint.reader import SHARDS_NAME, Checkpoint
 from v4quant.checkpoint.run_folder import forget, is_there, open_run, remove_partial_files, require_apart
+from v4quant.checkpoint.sharding.certificates import write_rank_certificates
+from v4quant.checkpoint.sharding.grid import Grid
+from v4quant.checkpoint.sharding.hashes import FileHash, ShareRecord, TensorHashes
+from v4quant.checkpoint.sharding.layout import ShardedLayout, SourceFile, lay_out_ranks
+from v4quant.checkpoint.sharding.outputs import Outputs, files_of, partial_path
+from v4quant.checkpoint.sharding.rank_files import FILE_PREFIX, HEADER_PREFIX, Run, rank_folder
+from v4quant.checkpoint.sharding.rank_folder import files_beside
+from v4quant.checkpoint.sharding.record import FileRecord, ShardsRecord, require_sound_names
+from v4quant.checkpoint.sharding.rules import MOST_RANKS_LISTED, Layout, obstacles, working_shares
+from v4quant.checkpoint.sharding.stream import piece_memory_bytes, scatter
+from v4quant.checkpoint.sharding.units import Advance, work_through
+from v4quant.checkpoint.sharding.whole import WholeFiles
 from v4quant.checkpoint.side_files import kept_files, require_side_files_fit, side_files, write_side_files
 from v4quant.checkpoint.stream import Worker
-from v4quant.checkpoint.tp_certificates import write_rank_certificates
-from v4quant.checkpoint.tp_files import FILE_PREFIX, HEADER_PREFIX, Run, rank_folder
-from v4quant.checkpoint.tp_hashes import FileHash, ShareRecord, TensorHashes
-from v4quant.checkpoint.tp_layout import ShardedLayout, SourceFile, lay_out_ranks
-from v4quant.checkpoint.tp_outputs import Outputs, files_of, partial_path
-from v4quant.checkpoint.tp_rank_folder import files_beside
-from v4quant.checkpoint.tp_record import FileRecord, ShardsRecord, require_sound_names
-from v4quant.checkpoint.tp_rules import MOST_RANKS_LISTED, Layout, obstacles, working_shares
-from v4quant.checkpoint.tp_stream import piece_memory_bytes, scatter
-from v4quant.checkpoint.tp_whole import WholeFiles
-from v4quant.checkpoint.units import Advance, work_through
 from v4quant.config import CONFIG_NAME
 from v4quant.encodings import BF16, FP4
 from v4quant.errors import CheckFailedError, CheckpointError, InterruptedRunError, OutputError, UsageError

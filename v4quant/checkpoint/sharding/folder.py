@@ -14,7 +14,8 @@ from v4quant.checkpoint.files import Files, Source
 from v4quant.checkpoint.header import LENGTH_BYTES, TensorEntry, read_header
 from v4quant.checkpoint.layout import Shard
 from v4quant.checkpoint.reader import JOURNAL_NAME, MAX_TENSORS, SHARDS_NAME, TENSOR_PARALLEL_FILE
-from v4quant.checkpoint.tp_files import (
+from v4quant.checkpoint.sharding.layout import ShardedLayout, SourceFile, lay_out_ranks
+from v4quant.checkpoint.sharding.rank_files import (
     EXTRA_NAME,
     FILE_PREFIX,
     HEADER_PREFIX,
@@ -25,10 +26,9 @@ from v4quant.checkpoint.tp_files import (
     rank_file,
     rank_folder,
 )
-from v4quant.checkpoint.tp_layout import ShardedLayout, SourceFile, lay_out_ranks
-from v4quant.checkpoint.tp_rank_folder import files_beside
-from v4quant.checkpoint.tp_record import ShardsRecord, read_record
-from v4quant.checkpoint.tp_rules import Layout
+from v4quant.checkpoint.sharding.rank_folder import files_beside
+from v4quant.checkpoint.sharding.record import ShardsRecord, read_record
+from v4quant.checkpoint.sharding.rules import Layout
 from v4quant.config import CONFIG_NAME
 from v4quant.errors import CheckpointError
 

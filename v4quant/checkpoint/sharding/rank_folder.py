@@ -8,15 +8,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from v4quant.checkpoint.grid import MAX_RANKS, Grid, Place
 from v4quant.checkpoint.header import TensorEntry
 from v4quant.checkpoint.index import INDEX_NAME, build_index
 from v4quant.checkpoint.layout import Shard
 from v4quant.checkpoint.reader import SHARDS_NAME
-from v4quant.checkpoint.tp_files import rank_folder
-from v4quant.checkpoint.tp_layout import Placement, ShardedLayout
-from v4quant.checkpoint.tp_record import RECORD_VERSION
-from v4quant.checkpoint.tp_rules import Layout, Split, split_of
+from v4quant.checkpoint.sharding.grid import MAX_RANKS, Grid, Place
+from v4quant.checkpoint.sharding.layout import Placement, ShardedLayout
+from v4quant.checkpoint.sharding.rank_files import rank_folder
+from v4quant.checkpoint.sharding.record import RECORD_VERSION
+from v4quant.checkpoint.sharding.rules import Layout, Split, split_of
 from v4quant.names import parse_name
 
 

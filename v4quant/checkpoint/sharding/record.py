@@ -13,12 +13,12 @@ from typing import Any
 
 from v4quant import strict_json
 from v4quant.checkpoint.files import MAX_FILES, Files
-from v4quant.checkpoint.grid import MAX_RANKS, Grid
 from v4quant.checkpoint.index import INDEX_NAME
 from v4quant.checkpoint.layout import Packing
 from v4quant.checkpoint.reader import JOURNAL_NAME, SHARDS_NAME
-from v4quant.checkpoint.tp_files import Run
-from v4quant.checkpoint.tp_rules import Layout
+from v4quant.checkpoint.sharding.grid import MAX_RANKS, Grid
+from v4quant.checkpoint.sharding.rank_files import Run
+from v4quant.checkpoint.sharding.rules import Layout
 from v4quant.config import CONFIG_NAME
 from v4quant.errors import CheckpointError
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import torch
 
 from v4quant.checkpoint.compare import Comparison, FirstDifference
-from v4quant.checkpoint.joined_weights import JoinedWeights
-from v4quant.checkpoint.rank_tensors import Sharded
 from v4quant.checkpoint.reader import Checkpoint
-from v4quant.checkpoint.tp_rules import Split, split_of
+from v4quant.checkpoint.sharding.joined_weights import JoinedWeights
+from v4quant.checkpoint.sharding.rank_tensors import Sharded
+from v4quant.checkpoint.sharding.rules import Split, split_of
 from v4quant.checkpoint.verify_report import Mismatch
 from v4quant.checkpoint.weights import Weights
 from v4quant.errors import CheckpointError

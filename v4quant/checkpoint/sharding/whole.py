@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 
 from v4quant.checkpoint.reader import SHARDS_NAME
-from v4quant.checkpoint.tp_files import FILE_PREFIX, HEADER_PREFIX
-from v4quant.checkpoint.tp_folder import ShardedFolder
-from v4quant.checkpoint.tp_layout import Placement
-from v4quant.checkpoint.tp_stream import read_range
+from v4quant.checkpoint.sharding.folder import ShardedFolder
+from v4quant.checkpoint.sharding.layout import Placement
+from v4quant.checkpoint.sharding.rank_files import FILE_PREFIX, HEADER_PREFIX
+from v4quant.checkpoint.sharding.stream import read_range
 from v4quant.errors import UsageError
 from v4quant.formats.cast import Scratch
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from v4quant.checkpoint.certificate import TensorRecord, Verdict
-from v4quant.checkpoint.tp_layout import Placement
+from v4quant.checkpoint.sharding.layout import Placement
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ShareRecord:
 
 
 class FileHash:
-    """The hash of a file alone; see tp_stream.Watch."""
+    """The hash of a file alone; see stream.Watch."""
 
     def __init__(self) -> None:
         self.file = hashlib.sha256()

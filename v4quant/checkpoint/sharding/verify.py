@@ -18,17 +18,17 @@ from v4quant.checkpoint.certificate import CERTIFICATE_NAME, TensorRecord, Verdi
 from v4quant.checkpoint.files import Files, Source
 from v4quant.checkpoint.plan import CHUNK_BYTES, DEFAULT_WORKERS
 from v4quant.checkpoint.reader import SHARDS_NAME, Checkpoint
+from v4quant.checkpoint.sharding.certificates import rank_certificate_header
+from v4quant.checkpoint.sharding.folder import ShardedFolder, mark_of
+from v4quant.checkpoint.sharding.hashes import TensorHashes
+from v4quant.checkpoint.sharding.layout import Placement
+from v4quant.checkpoint.sharding.rank_files import HEADER_PREFIX, RANK_KEY, RANKS_KEY, RUN_KEY, rank_folder
+from v4quant.checkpoint.sharding.rank_folder import wrong_keys
+from v4quant.checkpoint.sharding.record import MAX_RECORD_BYTES
+from v4quant.checkpoint.sharding.rules import Layout
+from v4quant.checkpoint.sharding.stream import Output, scatter
+from v4quant.checkpoint.sharding.units import Advance, work_through
 from v4quant.checkpoint.stream import Worker
-from v4quant.checkpoint.tp_certificates import rank_certificate_header
-from v4quant.checkpoint.tp_files import HEADER_PREFIX, RANK_KEY, RANKS_KEY, RUN_KEY, rank_folder
-from v4quant.checkpoint.tp_folder import ShardedFolder, mark_of
-from v4quant.checkpoint.tp_hashes import TensorHashes
-from v4quant.checkpoint.tp_layout import Placement
-from v4quant.checkpoint.tp_rank_folder import wrong_keys
-from v4quant.checkpoint.tp_record import MAX_RECORD_BYTES
-from v4quant.checkpoint.tp_rules import Layout
-from v4quant.checkpoint.tp_stream import Output, scatter
-from v4quant.checkpoint.units import Advance, work_through
 from v4quant.checkpoint.verify import verify_against, verify_hashes
 from v4quant.checkpoint.verify_report import Mismatch, VerifyReport
 from v4quant.errors import CheckFailedError, CheckpointError
@@ -119,7 +119,7 @@ class _Difference:
 
 @dataclass
 class _Compared:
-    """A file that is compared instead of written; see tp_stream.Output."""
+    """A file that is compared instead of written; see stream.Output."""
 
     files: Files
     name: str
@@ -136,7 +136,7 @@ class _Compared:
 
 @dataclass
 class _ComparedFiles:
-    """The files of a folder, compared instead of written; see tp_stream.Outputs."""
+    """The files of a folder, compared instead of written; see stream.Outputs."""
 
     files: Files
     scratch: Scratch = field(default_factory=Scratch)
