@@ -13,6 +13,7 @@ from tests.checkpoint.conversion import REFERENCES, convert, stored_torch
 from tests.checkpoint.sharding import merge, shard, split, write_wide
 from tests.checkpoint.test_shard_layout import AXES, BLOCK, EXPERT, read, same
 from v4quant.checkpoint.reader import open_checkpoint
+from v4quant.checkpoint.sharding.folder import open_sharded
 from v4quant.checkpoint.sharding.grid import Grid
 from v4quant.checkpoint.sharding.rules import Layout, working_shares
 from v4quant.checkpoint.sharding.shard import plan_shard
@@ -266,6 +267,37 @@ def test_memory_of_a_split_that_is_split_again(flash: Path, tmp_path: Path) -> N
     again = plan_shard(open_checkpoint(tmp_path / "ranks"), Grid(2))
     held = sum(len(read(path)) for path in (tmp_path / "ranks").rglob("*.safetensors"))
     assert again.peak_memory_bytes(1) - whole.peak_memory_bytes(1) > 500 * held
+
+
+def test_a_damaged_file_without_weights_is_not_passed_on(
+    flash: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split(flash, tmp_path / "ranks", Grid(1, 2))
+    readme = open_sharded(tmp_path / "ranks").layout.extra.entries["file/README.md"]
+    data = bytearray((tmp_path / "ranks" / readme.file).read_bytes())
+    data[readme.start] ^= 1
+    (tmp_path / "ranks" / readme.file).write_bytes(data)
+    assert main(["shard", str(tmp_path / "ranks"), str(tmp_path / "out"), "--tp", "2"]) == 1
+    assert "README.md: comes out of" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "v4quant.shards.json").exists()
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["first bytes", "last bytes"])
+def test_checkpoints_that_differ_at_an_end_are_other_runs(end: int, flash: Path, tmp_path: Path) -> None:
+    """Beyond the first 64 KiB and before the last nothing is looked at, so that planning reads little."""
+    other = shutil.copytree(flash, tmp_path / "other")
+    entries = [e for e in open_checkpoint(other).tensors.values() if e.file == "model-00004-of-00006.safetensors"]
+    entry = max(entries, key=lambda e: e.stop) if end else min(entries, key=lambda e: e.start)
+    data = bytearray((other / entry.file).read_bytes())
+    data[entry.stop - 1 if end else entry.start] ^= 1
+    (other / entry.file).write_bytes(data)
+    runs = [plan_shard(open_checkpoint(folder), Grid(2), Layout.RANKS).run for folder in (flash, other)]
+    assert runs[0].id != runs[1].id
+
+
+def test_experts_that_are_fp8_already_make_no_other_run(tmp_path: Path) -> None:
+    source = open_checkpoint(write_wide(tmp_path / "base", "flash-base"))
+    assert plan_shard(source, Grid(2), fp8_experts=True).run == plan_shard(source, Grid(2)).run
 
 
 @pytest.mark.parametrize("grid", [Grid(2, 2), Grid(1, 1, 3)], ids=str)

@@ -371,6 +371,26 @@ def test_the_extra_file_has_no_name_before_it_is_whole(
     assert_same_checkpoint(tmp_path / "out", others["same"])
 
 
+def test_files_that_have_their_names_are_gone_on_with(
+    source: Path, others: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks are named, but what is missing makes every source file unfinished; then the disk is full."""
+    out = tmp_path / "out"
+
+    def fail(*_: object) -> None:
+        raise OutputError("no room")
+
+    with monkeypatch.context() as patched, pytest.raises(OutputError, match="no room"):
+        patched.setattr(shard_module, "_write_kept", fail)
+        shard(source, out, 2)
+    (out / f"{EXTRA}.partial").unlink()
+    with monkeypatch.context() as patched, pytest.raises(OutputError):
+        fail_at(patched, "posix_fallocate", 0, errno.ENOSPC)
+        shard(source, out, 2)
+    shard(source, out, 2)
+    assert_same_checkpoint(out, others["same"])
+
+
 def test_data_is_durable_before_the_journal_speaks_of_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,14 +525,27 @@ def test_a_conversion_over_ranks_leaves_none_behind(source: Path, sharded: Path)
     assert not (sharded / SHARDS_NAME).exists()
 
 
+def write_again(path: Path) -> None:
+    path.write_bytes(path.read_bytes())
+
+
+def replace(path: Path) -> None:
+    """Another file at this path; whoever has the old one open reads on in that."""
+    new = path.with_name("new")
+    new.write_bytes(path.read_bytes())
+    new.replace(path)
+
+
+@pytest.mark.parametrize("change", [write_again, replace])
 @pytest.mark.parametrize("name", ["model-00001-of-00006.safetensors", "model-00004-of-00006.safetensors"])
-def test_a_source_that_changes_while_it_is_read(name: str, tmp_path: Path) -> None:
+def test_a_source_that_changes_while_it_is_read(name: str, change: Callable[[Path], None], tmp_path: Path) -> None:
     source, out = write_wide(tmp_path / "source"), tmp_path / "out"
     changed = iter([source / name])
 
-    def advance(_count: int, _file: str) -> None:
-        for path in changed:
-            path.write_bytes(path.read_bytes())
+    def advance(_count: int, file: str) -> None:
+        if file == name:  # its header and a tensor are read
+            for path in changed:
+                change(path)
 
     with pytest.raises(CheckpointError, match=name) as caught:
         apply_shard(plan_shard(open_checkpoint(source), Grid(2)), out, workers=1, progress=lambda _done: advance)

@@ -218,6 +218,19 @@ def test_a_damaged_scale_is_named_with_its_byte(
     assert found == {scale.name.replace(".scale", ".weight"): reason}
 
 
+def test_tensors_of_a_file_with_another_hash_count_as_unproven(
+    sharded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An expert has no copy, and DeepSeek's files no certificate: which tensor of the file it is, nothing says."""
+    folder = shutil.copytree(sharded["mp2"], tmp_path / "damaged")
+    flip(folder, open_sharded(folder).layout.held_by(1)["layers.0.ffn.experts.7.w1.weight"])
+    assert main(["verify", str(folder), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    (mismatch,) = report["mismatches"]
+    of_file = open_sharded(folder).layout.placements[mismatch["tensor"]]
+    assert report["bit_identical"] == report["tensors"] - len(of_file)
+
+
 def test_what_cannot_be_read_is_no_mismatch(sharded: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = open_checkpoint(sharded["ranks"])
     assert isinstance(whole.files, WholeFiles)
