@@ -228,4 +228,4 @@ def test_the_whole_way_of_a_tiny_checkpoint(bench: Bench, tmp_path: Path) -> Non
 def test_the_whole_way_of_full_size_layers(bench: Bench, tmp_path: Path) -> None:
     """Real layer shapes and fewer experts: takes 10 GB of disk, the Hub's own included."""
     bench.hub.multipart_bytes = 64 * 2**20
-    whole_way(bench, tmp_path, ["--like", "flash", "--layers", "1", "--experts", "32"], spread=900)
+    whole_way(bench, tmp_path, ["--like", "flash", "--layers", "1", "--experts", "32"], spread=250)

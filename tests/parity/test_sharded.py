@@ -3,7 +3,7 @@
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,16 @@ def test_deepseeks_layout(fp8_experts: bool, tmp_path: Path) -> None:
     assert all(item.counted == item.expected for own in found.outcome.layers for item in own.executed)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Products on one core: ranks share the cores, and sums on another number of them take another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("grid", GRIDS)
 def test_every_grid(grid: str, tmp_path: Path) -> None:
     """Within the floor; where dense parts are whole, bit by bit. What ran is what all ranks together had to run."""
