@@ -29,7 +29,7 @@ from _results import environment, write_csv
 from convert import require_space, settle, timed, write_source
 
 # What is measured, by the options of shard.
-JOBS = ["--tp 2", "--tp 4", "--tp 8", "--tp 2 --ep 4"]
+JOBS = ["--tp 2", "--tp 4", "--tp 8", "--tp 8 --experts fp8", "--tp 2 --ep 4"]
 TINY_JOBS = ["--tp 2", "--tp 2 --experts fp8", "--tp 1 --ep 2"]
 
 
