@@ -90,7 +90,12 @@ def test_every_element_is_where_the_rules_say(source: Path, grid: Grid, tmp_path
         assert (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
         record = json.loads((folder / "v4quant.shards.json").read_text())
         assert record["rank"] == rank
-        assert record["layers"][0] == layers_of(rank // (grid.tp * grid.ep), grid.pp)[0]
+        stage, each = rank // (grid.tp * grid.ep), 8 // (grid.tp * grid.ep)
+        layers, has_mtp = layers_of(stage, grid.pp), any(name.startswith("mtp.") for name in expected)
+        assert record["layers"] == [layers[0], layers[-1] + 1]
+        assert bool(record["mtp_blocks"]) == has_mtp == (stage == grid.pp - 1)
+        first = (rank // grid.tp % grid.ep * grid.tp + rank % grid.tp) * each
+        assert record["experts"] == [first, first + each]
         assert record["cut"].keys() == starts.keys()
         for name, cut in record["cut"].items():
             axis = next(axis for pattern, axis in AXES + MORE_AXES if re.fullmatch(pattern, name))

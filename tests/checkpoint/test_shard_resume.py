@@ -169,6 +169,7 @@ def test_interrupted_at_any_moment(
 def half_done(bench: Bench, out: Path) -> Path:
     """A killed run that has finished some files."""
     for moment in range(bench.moments // 2, bench.moments, 5):
+        shutil.rmtree(out, ignore_errors=True)  # a run that went on with an earlier one might reach its end
         bench.strike(out, signal.SIGKILL, moment)
         if finished(out) > 2:
             return out
