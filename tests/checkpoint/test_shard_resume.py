@@ -168,7 +168,7 @@ def test_interrupted_at_any_moment(
 
 def half_done(bench: Bench, out: Path) -> Path:
     """A killed run that has finished some files."""
-    for moment in range(bench.moments // 2, bench.moments, 5):
+    for moment in range(bench.moments // 2, bench.moments, bench.moments // 40):
         shutil.rmtree(out, ignore_errors=True)  # a run that went on with an earlier one might reach its end
         bench.strike(out, signal.SIGKILL, moment)
         if finished(out) > 2:
@@ -183,9 +183,11 @@ def half(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("lost", [1, 100, 400])
-def test_a_torn_journal(bench: Bench, tmp_path: Path, lost: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_torn_journal(
+    bench: Bench, half: Path, tmp_path: Path, lost: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """After a power cut the last lines may be missing or torn: at most a few files are done again."""
-    out = half_done(bench, tmp_path / "out")
+    out = shutil.copytree(half, tmp_path / "out")
     before = finished(out)
     os.truncate(out / JOURNAL_NAME, (out / JOURNAL_NAME).stat().st_size - lost)
     assert 0 < finished(out) < before
@@ -206,8 +208,8 @@ def test_a_torn_journal_of_a_run_whose_files_have_their_names(
     run_again(bench, out, capsys)
 
 
-def test_a_partial_file_that_is_gone_costs_what_went_into_it(bench: Bench, tmp_path: Path) -> None:
-    out = half_done(bench, tmp_path / "out")
+def test_a_partial_file_that_is_gone_costs_what_went_into_it(bench: Bench, half: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(half, tmp_path / "out")
     for path in sorted(out.rglob("*.partial"))[:1] if bench.keeps_partials else sorted(out.glob("model*"))[:1]:
         path.unlink()
     assert main(bench.argv(out)) == 0

@@ -40,5 +40,5 @@ def test_an_error_ends_the_others_between_two_pieces() -> None:
         while True:
             worker.step(0)
 
-    with pytest.raises(ValueError, match="^0$"):
+    with pytest.raises(ValueError, match=r"^0$"):
         work_through(NAMES, work, lambda _name, _result: None, workers=2, advance=None)
